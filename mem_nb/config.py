@@ -37,7 +37,8 @@ class DataConfig:
     "Which recordings, and how they become frames."
     bare = 'all'
     data_path:str = ''               # folder of the recordings
-    data_set:str = 'folder'          # name in the registry: folder, npy, nmnist, ncaltech101, ncars, nimagenet, recordings
+    data_set:str = 'folder'          # name in the registry: folder, npy, nmnist, ncaltech101, ncars, nimagenet, recordings, digits
+    num_digits:int = 2000            # recordings to simulate, for data_set = digits
     store_path:str = ''              # packed store; empty: runs_dir/stores/<data_set>-<hash>
     split_file:str = ''              # lines train/<class>/<file> and val/<class>/<file>; empty: the folder's own split, or val_fraction
     val_fraction:float = 0.2         # share of each class for validation, where nothing else splits
@@ -67,7 +68,7 @@ class DataConfig:
     rand_aug:bool = True             # RandAugment in training
 
     choices = dict(frame_fit=('resize','crop'), representation=('histogram','voxel'))
-    positive = ('input_H','input_W','slice_max_evs','voxel_bins','hotpix_num_stds','normalize_gain','gamma')
+    positive = ('num_digits','input_H','input_W','slice_max_evs','voxel_bins','hotpix_num_stds','normalize_gain','gamma')
     unit = ('val_fraction','flip','time_flip','scale','translate')
 
     @property

@@ -47,11 +47,11 @@ def cosine_schedule(
     total:int,      # steps of the run
     peak:float,     # learning rate after the warm-up
     final:float=0., # learning rate at the end
-    warmup:int=0,   # steps of linear warm-up; cut to a fifth of `total`
+    warmup:int=0,   # steps of linear warm-up; a fifth of `total` where it would not fit
 ) -> float:
     "Linear warm-up, then half a cosine."
-    warmup = min(warmup, total//5)
-    if step < warmup: return peak*(step+1)/(warmup+1)
+    if warmup >= total: warmup = total//5
+    if step < warmup: return peak*step/max(1, warmup-1)
     return final + (peak-final)*(1+cos(pi*(step-warmup)/max(1, total-warmup)))/2
 
 # %% ../nbs/08_train.ipynb #a0151b17

@@ -1,0 +1,39 @@
+# `make` lists the targets. Each one sets itself up first: nothing but make and Python 3.11 or newer is needed.
+# Another Python than the first that fits: make PYTHON=/path/to/python3.12
+SHELL := bash
+BIN := .venv/bin
+READY := .venv/.installed
+export PYTHON
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test export notebooks readme clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | while IFS=$$'\t' read -r name what; do printf '  make %-10s %s\n' "$$name" "$$what"; done
+
+setup: $(READY) ## make .venv with the pinned packages and mem_nb itself (minutes and 6 GB, once)
+
+$(READY): settings.ini setup.py constraints.txt
+	@bash scripts/setup.sh
+
+demo: $(READY) ## simulate recordings, pretrain, finetune and report, in a few minutes
+	@$(BIN)/mem_nb demo
+	@echo "The results lie in runs/demo: open report.html in a browser, or read summary.json."
+
+test: $(READY) ## check exports, notebooks and README, run the notebooks' tests, then pytest
+	@bash scripts/check.sh
+
+export: $(READY) ## write mem_nb/ from the notebooks
+	@$(BIN)/nbdev_export
+	@echo "mem_nb/ is what nbs/ exports."
+
+notebooks: $(READY) ## run every notebook from top to bottom and store its outputs
+	@$(BIN)/python scripts/notebooks.py
+
+readme: $(READY) ## write README.md and its pictures from nbs/index.ipynb
+	@$(BIN)/python scripts/readme.py
+
+clean: ## remove what is made again in seconds; .venv and runs stay
+	@rm -rf _docs _proc .pytest_cache wandb build
+	@find . \( -name .venv -o -name runs -o -name .git \) -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -exec rm -rf {} +
+	@echo "Caches are gone."

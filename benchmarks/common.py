@@ -1,0 +1,52 @@
+"What all benchmarks share: a record, the machine, and the file they are written to."
+import os, platform
+from datetime import date
+from pathlib import Path
+import torch
+from mem_nb.train import write_json
+
+def record(
+    name:str,             # what was measured
+    value:float,          # what came out
+    unit:str,             # of value, baseline and goal
+    baseline:float=None,  # what it is compared with, measured in the same run where that can be
+    goal:float=None,      # what it should reach
+    better:str='higher',  # 'higher' or 'lower' values are better
+) -> dict:                # {name, value, unit, baseline, ratio, goal, met}
+    "One result; `ratio` says how many times better than the baseline, `met` whether the goal is reached."
+    if better not in ('higher','lower'): raise ValueError(f"better = {better!r}; known: higher, lower")
+    up = better=='higher'
+    ratio = None if not baseline or not value else value/baseline if up else baseline/value
+    met = None if goal is None else value>=goal if up else value<=goal
+    return dict(name=name, value=value, unit=unit, baseline=baseline, ratio=ratio, goal=goal, met=met)
+
+def cpu_model() -> str:
+    "The processor's name, as far as the system tells."
+    info = Path('/proc/cpuinfo')
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [l.split(':')[1].strip() for l in lines if l.startswith('model name')]
+    return names[0] if names else platform.processor() or platform.machine()
+
+def machine() -> dict:
+    "What the numbers depend on."
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return dict(cpu=cpu_model(), cores=cores, threads=torch.get_num_threads(), gpu=gpu, python=platform.python_version(),
+                torch=torch.__version__, date=date.today().isoformat())
+
+def write(
+    path:str|Path,  # JSON file
+    records:list,   # from `record`
+):
+    "Write the records with the machine they were measured on, atomically."
+    write_json(dict(machine=machine(), records=records), path)
+
+def table(
+    records:list,  # from `record`
+) -> str:
+    "The records as a Markdown table, for RESULTS.md."
+    num = lambda x: '–' if x is None else f'{x:.4g}'
+    met = {None:'–', True:'yes', False:'no'}
+    rows = [f"| {r['name']} | {num(r['value'])} {r['unit']} | {num(r['baseline'])} | {num(r['ratio'])} | {num(r['goal'])} | {met[r['met']]} |"
+            for r in records]
+    return '\n'.join(['| what | measured | baseline | ratio | goal | met |', '|---|---|---|---|---|---|', *rows])

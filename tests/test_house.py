@@ -1,0 +1,116 @@
+"The rules of the house: what every notebook and module keeps to, whatever it does."
+import ast, json, re, subprocess, sys
+from functools import cache
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(part[0] in '._' for part in p.relative_to(ROOT).parts))
+NUMBERED = [p for p in NOTEBOOKS if re.match(r'\d\d_', p.name)]
+MODULES = sorted(p for p in (ROOT/'mem_nb').glob('*.py') if p.name[0]!='_')
+NUMBER = {p.stem[3:]: int(p.name[:2]) for p in NUMBERED}  # module -> number of its notebook
+
+def each(paths): return pytest.mark.parametrize('path', paths, ids=[p.stem for p in paths])
+
+@cache
+def cells(path):
+    "The cells of a notebook, `source` joined."
+    nb = json.loads(path.read_text(encoding='utf-8'))
+    return [dict(c, source=''.join(c['source'])) for c in nb['cells']]
+
+def code(path): return [c for c in cells(path) if c['cell_type']=='code']
+def outputs(path): return [o for c in code(path) for o in c['outputs']]
+def exported(path): return [c['source'] for c in code(path) if re.match(r'\s*#\|\s*export[is]?\b', c['source'])]
+
+def own_imports(tree):
+    "(module, imported at the top level?) for each import of the project's own modules; `from mem_nb import x` counts as x."
+    top = set(map(id, tree.body))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import): names = [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            stem = 'mem_nb' if node.level else ''
+            full = '.'.join(filter(None, [stem, node.module]))
+            names = [f'mem_nb.{a.name}' for a in node.names] if full=='mem_nb' else [full]
+        else: continue
+        yield from ((n.split('.')[1], id(node) in top) for n in names if n.startswith('mem_nb.'))
+
+def stars(tree): return [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.names[0].name=='*']
+
+def public(tree):
+    "Top-level functions and classes whose names do not begin with an underscore."
+    kinds = ast.FunctionDef|ast.AsyncFunctionDef|ast.ClassDef
+    return [n for n in tree.body if isinstance(n, kinds) and n.name[0]!='_']
+
+# ---- modules and imports
+def test_there_are_notebooks_and_modules():
+    assert NUMBERED and {p.stem for p in MODULES} == set(NUMBER)
+
+@each(NUMBERED)
+def test_one_word_for_a_notebook_and_its_module(path):
+    names = [m[1] for c in code(path) if (m := re.match(r'\s*#\|\s*default_exp\s+(\S+)', c['source']))]
+    assert names == [path.stem[3:]], f"{path.name} should have `#| default_exp {path.stem[3:]}`, once"
+
+@each(NUMBERED)
+def test_imports_point_to_lower_numbers(path):
+    for source in exported(path):
+        for name,at_top in own_imports(ast.parse(source)):
+            assert name in NUMBER, f"{path.name} imports mem_nb.{name}, which no notebook exports"
+            assert NUMBER[name] < int(path.name[:2]), f"{path.name} imports mem_nb.{name}, number {NUMBER[name]}"
+            assert at_top or path.stem=='18_pipeline', f"{path.name} imports mem_nb.{name} inside a function"
+
+@each(NOTEBOOKS)
+def test_imports_are_by_name(path):
+    for source in exported(path): assert not stars(ast.parse(source)), f"star import in {source[:80]!r}"
+    for c in code(path): assert not re.search(r'from mem_nb\S* import \*', c['source']), f"star import in {c['source'][:80]!r}"
+
+def imported_with(module):
+    "Names of all modules that importing `module` loads."
+    told = subprocess.run([sys.executable, '-c', f'import sys, {module}; print(*sys.modules)'], capture_output=True, text=True, cwd=ROOT)
+    assert told.returncode==0, told.stderr[-2000:]
+    return set(told.stdout.split())
+
+def test_events_is_light():
+    heavy = {'torch', 'torchvision', 'timm', 'accelerate', 'wandb', 'ipywidgets', 'sklearn', 'matplotlib', 'pandas'}
+    assert not heavy & imported_with('mem_nb.events')
+
+def test_extras_are_imported_where_they_are_used():
+    every = ', '.join(f'mem_nb.{p.stem}' for p in MODULES if p.stem!='widgets')
+    assert not {'wandb', 'ipywidgets', 'mlxtend', 'h5py', 'segmentation_models_pytorch'} & imported_with(every)
+
+@each(MODULES)
+def test_public_names_have_a_docstring(path):
+    bare = [n.name for n in public(ast.parse(path.read_text(encoding='utf-8'))) if not ast.get_docstring(n)]
+    assert not bare, f"{path.name}: no docstring in {', '.join(bare)}"
+
+# ---- notebooks
+@each(NUMBERED)
+def test_export_cells_are_short(path):
+    lengths = [len(s.splitlines()) for s in exported(path)]
+    assert max(lengths) <= 60, f"{path.name}: an export cell of {max(lengths)} lines"
+
+@each(NUMBERED)
+def test_modules_are_short(path):
+    lines = [l for s in exported(path) for l in s.splitlines() if l.strip() and not l.startswith('#|')]
+    assert len(lines) <= 300, f"{path.name} exports {len(lines)} lines"
+
+@each(NUMBERED)
+def test_notebooks_show_and_tell(path):
+    words = sum(len(c['source'].split()) for c in cells(path) if c['cell_type']=='markdown')
+    kinds = {kind for o in outputs(path) for kind in o.get('data', {})}
+    assert re.match(r'# .+\n+> .+', cells(path)[0]['source']), f"{path.name} should open with a title and a one-line subtitle"
+    assert words >= 150, f"{path.name}: {words} words of prose"
+    assert kinds & {'image/png', 'image/svg+xml'}, f"{path.name}: no stored picture; `make notebooks` stores them"
+
+@each(NOTEBOOKS)
+def test_no_stored_errors(path):
+    assert not [o['ename'] for o in outputs(path) if o['output_type']=='error']
+
+# ---- everything
+TEXTS = [p for pattern in ('*.md', '*.ini', '*.py', 'Makefile', 'nbs/**/*.ipynb', 'mem_nb/*.py', 'configs/**/*.conf', 'tests/*.py',
+                           'scripts/*', 'benchmarks/*', '.ci/*') for p in sorted(ROOT.glob(pattern)) if p.is_file()]
+PICTURE = re.compile(r'"image/png": (?:"[^"]*"|\[[^]]*\])|base64,[A-Za-z0-9+/=\\n]+')
+HERE = re.compile(r'(?<![\w.~:}/])/(?:home|root|Users|work|workspace|tmp|mnt|scratch)/[\w.-]+')  # a path that only one machine has
+
+@each(TEXTS)
+def test_no_paths_of_one_machine(path):
+    assert not HERE.findall(PICTURE.sub('', path.read_text(encoding='utf-8')))

@@ -1,0 +1,88 @@
+"The whole way, as a user goes it: the command line, and kill -9 in the middle of every training step."
+import json, os, signal, subprocess, sys
+from pathlib import Path
+import pytest
+from conftest import TINY
+from mem_nb.pipeline import STEPS, command, steps_of
+
+MEM_NB = ['-c', 'from mem_nb.pipeline import main; main()']
+KILL = '''
+import os, signal, sys
+import mem_nb.train as train
+step, at, where = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+def die(): os.kill(os.getpid(), signal.SIGKILL)
+def in_this_step(folder): return step in str(folder)
+if where=='update':                      # after the gradients, before the weights have moved
+    original = train.train_step
+    def train_step(acc, state, *args):
+        if state.step==at and in_this_step(state.folder_for_test): state.optimizer.step = die
+        return original(acc, state, *args)
+    train.train_step = train_step
+    start = train.Trainer._start
+    def _start(self): start(self); self.state.folder_for_test = self.folder
+    train.Trainer._start = _start
+else:                                    # while the state is being written
+    save = train.TrainingState.save
+    def half(self, path, settings):
+        if self.step>=at and in_this_step(path):
+            path.with_name(path.name+'.0.tmp').write_bytes(b'half'); die()
+        save(self, path, settings)
+    train.TrainingState.save = half
+from mem_nb.pipeline import command
+command('run', sys.argv[4])
+'''
+
+def conf(folder):
+    (folder/'x.conf').write_text(TINY + f'\nruns_dir = {folder}/runs\ndata_path = {folder.parent}/digits\nexpweek =\nexpname = tiny\n')
+    return str(folder/'x.conf')
+
+def python(*args):
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, env=dict(os.environ, TQDM_DISABLE='1', MPLBACKEND='agg', OMP_NUM_THREADS='1'))
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    "An unbroken run, in a process of its own, as the command line gives it."
+    folder = tmp_path_factory.mktemp('pipeline')/'whole'; folder.mkdir()
+    done = python(*MEM_NB, 'run', conf(folder))
+    assert done.returncode==0, done.stderr[-3000:]
+    return folder,done
+
+def test_run_goes_from_recordings_to_a_report(whole):
+    folder,done = whole
+    run = folder/'runs'/'tiny'
+    assert 'results:' in done.stdout
+    summary = json.loads((run/'summary.json').read_text())
+    assert summary['splits']['split_hash'] in (run/'report.html').read_text()
+    assert {p.name for p in (run/'finetune').iterdir()}=={'pretrained_40_seed0','scratch_40_seed0'}
+    assert not list(run.rglob('last')) and not list(run.rglob('*.tmp'))
+
+def test_kill_9_in_every_training_step_ends_bit_equal(whole, tmp_path_factory):
+    folder,_ = whole
+    broken = folder.parent/'broken'; broken.mkdir(); x = conf(broken)
+    for step,at,where in [('tokenizer',9,'update'), ('tokenizer',12,'save'), ('pretrain',8,'update'), ('pretrain',12,'save'), ('finetune',8,'update'), ('scratch',15,'update')]:
+        killed = python('-c', KILL, step, str(at), where, x)
+        assert killed.returncode==-signal.SIGKILL, (step, killed.stdout[-2000:], killed.stderr[-2000:])
+        assert not list((broken/'runs'/'tiny').glob(f'{step}/final.safetensors'))
+        assert list((broken/'runs'/'tiny').rglob('last/state.pt')), step
+    assert python(*MEM_NB, 'run', x).returncode==0
+    finals = sorted(p.relative_to(folder/'runs') for p in (folder/'runs'/'tiny').rglob('final.safetensors'))
+    assert len(finals)==4
+    for p in finals: assert (folder/'runs'/p).read_bytes()==(broken/'runs'/p).read_bytes(), p
+
+def test_finished_run_with_another_setting_is_refused(whole):
+    folder,_ = whole
+    with pytest.raises(ValueError, match='pt_lr was 0.002, is now 0.1.*another expname'): command('run', conf(folder), ['pt_lr=0.1'])
+
+def test_mistakes_at_the_command_line_are_one_sentence(tmp_path):
+    for args,said in [(['pretran','x.conf'], 'unknown step'), (['run','nowhere.conf'], 'no configuration file'), (['run','configs/demo.conf','pt_epoch=1'], "did you mean 'pt_epochs'")]:
+        done = python(*MEM_NB, *args)
+        assert done.returncode==1 and said in done.stderr and 'Traceback' not in done.stderr
+
+def test_pretrain_without_its_tokenizer_says_so(tmp_path):
+    (tmp_path/'x.conf').write_text(TINY + f'\nruns_dir = {tmp_path}\ndata_path = {tmp_path}/digits\nnum_digits = 40')
+    with pytest.raises((FileNotFoundError, ValueError), match='tokenizer'): command('pretrain', str(tmp_path/'x.conf'))
+
+def test_help_teaches_and_needs_no_heavy_import():
+    done = python('-X', 'importtime', *MEM_NB, '--help')
+    assert done.returncode==0 and all(s in done.stdout for s in STEPS) and 'pt_lr=1e-3' in done.stdout
+    assert ' torch\n' not in done.stderr and ' timm\n' not in done.stderr

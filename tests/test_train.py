@@ -1,0 +1,106 @@
+"Training: what makes a killed run end where an unbroken one does, and what stops a run that cannot go on."
+import json
+from dataclasses import dataclass
+import numpy as np, pytest, torch
+from torch import nn
+from mem_nb.config import Config, RunConfig
+from mem_nb.train import Trainer, atomic, cosine_schedule, fit, load_weights, read_log, save_weights, step_generator, step_settings
+
+@dataclass
+class Points:
+    x:torch.Tensor
+    def __len__(self): return len(self.x)
+    def to(self, device): return self
+
+def batches(start, stop): return (Points(torch.randn(8, 4, generator=torch.Generator().manual_seed(k))) for k in range(start, stop))
+
+def loss_fn(model, batch, step, generator):
+    noise = torch.randn(batch.x.shape, generator=generator)
+    return (model(batch.x+.1*noise)-batch.x.sum(1, keepdim=True)).square().mean(), {}
+
+def train(folder, loss_fn=loss_fn, steps=40, **kwargs):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4,16), nn.Dropout(.1), nn.ReLU(), nn.Linear(16,1))
+    metrics = fit(model, loss_fn, batches, steps, folder, torch.optim.AdamW(model.parameters()), lambda k: cosine_schedule(k, steps, 1e-2, warmup=5),
+                  RunConfig(device='cpu', log_every=4), **dict(save_every=7, **kwargs))
+    return model,metrics
+
+@pytest.mark.parametrize('kwargs', [{}, dict(accumulate=2), dict(ema_decay=.9), dict(grad_clip=.1)])
+def test_interrupted_run_equals_unbroken_run(tmp_path, kwargs):
+    _,whole = train(tmp_path/'whole', **kwargs)
+    calls = 0
+    def dies(*args):
+        nonlocal calls; calls += 1
+        if calls==25: raise KeyboardInterrupt
+        return loss_fn(*args)
+    with pytest.raises(KeyboardInterrupt): train(tmp_path/'broken', dies, **kwargs)
+    assert (tmp_path/'broken'/'last'/'state.pt').exists()
+    _,resumed = train(tmp_path/'broken', **kwargs)
+    assert (tmp_path/'whole'/'final.safetensors').read_bytes()==(tmp_path/'broken'/'final.safetensors').read_bytes()
+    assert [r['loss'] for r in read_log(tmp_path/'whole')]==[r['loss'] for r in read_log(tmp_path/'broken')]
+
+def test_defect_13_short_run_with_long_warmup_does_not_crash():
+    rates = [cosine_schedule(k, 10, 1., warmup=1000) for k in range(10)]
+    assert max(rates)==1. and rates[0]<rates[1]
+
+@pytest.mark.parametrize('name', ['pt_like','ft_like','nowarm'])
+def test_schedule_agrees_with_the_original(shared, name):
+    z = np.load(shared/'golden'/'schedules.npz')
+    args,want = json.loads(str(z[f'{name}/args'])),z[name]
+    warmup = args['warmup_steps'] if args.get('warmup_steps', -1)>0 else args.get('warmup_epochs', 0)*args['niter_per_ep']
+    got = [cosine_schedule(k, len(want), args['base_value'], args['final_value'], warmup) for k in range(len(want))]
+    assert np.allclose(got, want, rtol=1e-9, atol=1e-12)
+
+def test_changed_settings_are_refused_and_named(tmp_path):
+    train(tmp_path, settings={'pt_lr':1})
+    with pytest.raises(ValueError, match='pt_lr was 1, is now 2'): train(tmp_path, settings={'pt_lr':2})
+
+def test_nan_loss_stops_and_keeps_the_last_state(tmp_path):
+    def explodes(model, batch, step, generator): return loss_fn(model, batch, step, generator)[0]*(float('nan') if step==20 else 1), {}
+    with pytest.raises(FloatingPointError, match='at step 20, learning rate'): train(tmp_path, explodes)
+    assert torch.load(tmp_path/'last'/'state.pt', weights_only=True)['step']==14
+
+def test_a_state_that_would_run_code_is_refused(tmp_path):
+    import os, pickle
+    class Evil:
+        def __reduce__(self): return os.mkdir, (str(tmp_path/'harm'),)
+    (tmp_path/'last').mkdir(); torch.save({'settings':Evil()}, tmp_path/'last'/'state.pt')
+    with pytest.raises(pickle.UnpicklingError): train(tmp_path)
+    assert not (tmp_path/'harm').exists()
+
+def test_atomic_leaves_nothing_half_written(tmp_path):
+    (tmp_path/'a').write_text('old')
+    with pytest.raises(RuntimeError):
+        with atomic(tmp_path/'a') as tmp: tmp.write_text('half'); raise RuntimeError
+    assert (tmp_path/'a').read_text()=='old' and [p.name for p in tmp_path.iterdir()]==['a']
+
+def test_weights_name_what_does_not_fit(tmp_path):
+    save_weights(nn.Linear(2,3), tmp_path/'w.safetensors')
+    with pytest.raises(ValueError, match='missing: 0.bias, 0.weight; extra: bias, weight'): load_weights(nn.Sequential(nn.Linear(2,3)), tmp_path/'w.safetensors')
+    (tmp_path/'w.safetensors').write_bytes(b'rubbish')
+    with pytest.raises(ValueError, match='no readable safetensors file'): load_weights(nn.Linear(2,3), tmp_path/'w.safetensors')
+
+def test_defect_14_ema_starts_warm(tmp_path):
+    model,_ = train(tmp_path, steps=60, ema_decay=.9999)
+    start = train(tmp_path/'x', steps=1)[0]
+    ema = load_weights(nn.Sequential(nn.Linear(4,16), nn.Dropout(.1), nn.ReLU(), nn.Linear(16,1)), tmp_path/'final.safetensors')
+    moved = lambda m: (m[0].weight-start[0].weight).norm().item()
+    assert moved(ema) > .5*moved(model)   # a constant 0.9999 would have moved by less than a hundredth
+
+def test_step_randomness_depends_on_seed_step_and_rank_only():
+    draw = lambda *a: torch.rand(4, generator=step_generator(*a)).tolist()
+    assert draw(0,3)==draw(0,3) and len({tuple(draw(*a)) for a in [(0,3),(0,4),(1,3),(0,3,1)]})==4
+
+def test_settings_leave_out_what_does_not_decide():
+    keys = step_settings(Config(), 'data', 'pretrain')
+    assert 'pt_lr' in keys and 'input_H' in keys and 'data_path' not in keys and 'vae_lr' not in keys
+
+def test_log_line_cut_off_by_a_crash_is_left_out(tmp_path):
+    (tmp_path/'log.jsonl').write_text('{"step": 1}\n{"ste')
+    assert read_log(tmp_path)==[{'step':1}]
+
+def test_half_precision_on_cpu_trains(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Linear(4,1)
+    m = Trainer(model, loss_fn, batches, 60, tmp_path, torch.optim.AdamW(model.parameters(), weight_decay=0), lambda k: 5e-2, RunConfig(device='cpu', precision='bf16')).fit()
+    assert m['loss'] < read_log(tmp_path)[0]['loss']
