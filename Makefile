@@ -1,5 +1,5 @@
 # `make` lists the targets. Each one sets itself up first: nothing but make and Python 3.11 or newer is needed.
-# Another Python than the first that fits: make PYTHON=/path/to/python3.12
+# Another Python than the first that fits: make PYTHON=/path/to/python3.12. Flagged cells, too: make notebooks FLAGS=data
 SHELL := bash
 BIN := .venv/bin
 READY := .venv/.installed
@@ -9,7 +9,7 @@ export PYTHON
 .PHONY: help setup demo test export notebooks readme clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | while IFS=$$'\t' read -r name what; do printf '  make %-10s %s\n' "$$name" "$$what"; done
+	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
 setup: $(READY) ## make .venv with the pinned packages and mem_nb itself (minutes and 6 GB, once)
 
@@ -27,8 +27,8 @@ export: $(READY) ## write mem_nb/ from the notebooks
 	@$(BIN)/nbdev_export
 	@echo "mem_nb/ is what nbs/ exports."
 
-notebooks: $(READY) ## run every notebook from top to bottom and store its outputs
-	@$(BIN)/python scripts/notebooks.py
+notebooks: $(READY) ## run every notebook and store its outputs (NAMES=nbs/05_frames.ipynb only that one)
+	@$(BIN)/python scripts/notebooks.py --names '$(NAMES)' --flags '$(FLAGS)'
 
 readme: $(READY) ## write README.md and its pictures from nbs/index.ipynb
 	@$(BIN)/python scripts/readme.py

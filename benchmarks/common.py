@@ -31,8 +31,8 @@ def machine() -> dict:
     "What the numbers depend on."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return dict(cpu=cpu_model(), cores=cores, threads=torch.get_num_threads(), gpu=gpu, python=platform.python_version(),
-                torch=torch.__version__, date=date.today().isoformat())
+    return dict(cpu=cpu_model(), cores=cores, threads=torch.get_num_threads(), gpu=gpu,
+                python=platform.python_version(), torch=torch.__version__, date=date.today().isoformat())
 
 def write(
     path:str|Path,  # JSON file
@@ -47,6 +47,7 @@ def table(
     "The records as a Markdown table, for RESULTS.md."
     num = lambda x: '–' if x is None else f'{x:.4g}'
     met = {None:'–', True:'yes', False:'no'}
-    rows = [f"| {r['name']} | {num(r['value'])} {r['unit']} | {num(r['baseline'])} | {num(r['ratio'])} | {num(r['goal'])} | {met[r['met']]} |"
-            for r in records]
-    return '\n'.join(['| what | measured | baseline | ratio | goal | met |', '|---|---|---|---|---|---|', *rows])
+    cells = [[r['name'], f"{num(r['value'])} {r['unit']}", *(num(r[k]) for k in ('baseline','ratio','goal')), met[r['met']]]
+             for r in records]
+    head = ['what', 'measured', 'baseline', 'ratio', 'goal', 'met']
+    return '\n'.join('| ' + ' | '.join(row) + ' |' for row in [head, ['---']*6, *cells])

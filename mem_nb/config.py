@@ -8,7 +8,7 @@ __all__ = ['METHODS', 'RunConfig', 'DataConfig', 'TokenizerConfig', 'EncoderConf
            'save_config', 'config_diff']
 
 # %% ../nbs/00_config.ipynb #f6ea4f83
-import configparser, difflib, types, typing, warnings
+import configparser, difflib, warnings
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -224,50 +224,34 @@ def conf_keys() -> dict:  # conf key -> (section name, dataclass field)
     return keys
 
 # %% ../nbs/00_config.ipynb #cbb2603f
-def _parse(
-    text:str,   # what stands behind the `=`
-    kind:type,  # bool, int, float, str or tuple
-):
-    "Read `text` as `kind`; raises ValueError where it is something else."
-    if kind is bool:
-        if text.lower() not in _BOOLS: raise ValueError(text)
-        return _BOOLS[text.lower()]
-    if kind is int: return int(text) if '.' not in text and 'e' not in text.lower() else _whole(float(text))
-    if kind is tuple: return tuple(_atom(word) for word in text.replace(',',' ').split())
-    return kind(text)
-
 _BOOLS = {'1':True,'true':True,'yes':True,'on':True,'0':False,'false':False,'no':False,'off':False}
 
-def _whole(x):
-    "`x` as int; raises ValueError where it is none."
-    if x!=int(x): raise ValueError(x)
-    return int(x)
-
-def _atom(word):
-    "A number where the word is one, else the word."
-    for kind in (int, float):
+def _number(word, kinds=(int, float)):
+    "`word` as the first kind of number that it is, else as it stands."
+    for kind in kinds:
         try: return kind(word)
         except ValueError: pass
     return word
 
+def _parse(text, kind):
+    "Read `text` as bool, int, float, str or tuple; raises ValueError where it is something else."
+    if kind is tuple: return tuple(_number(word) for word in text.replace(',',' ').split())
+    value = _BOOLS.get(text.lower(), text) if kind is bool else _number(text) if kind is int else kind(text)
+    if isinstance(value, float) and kind is int and value==int(value): value = int(value)   # 1e4
+    if not isinstance(value, kind): raise ValueError(text)
+    return value
+
 # %% ../nbs/00_config.ipynb #398cf0d3
 _WORDS = {bool:'a switch, 0 or 1', int:'a whole number', float:'a number', str:'a word', tuple:'words with spaces between'}
 
-def _set(
-    cfg:Config,   # changed in place
-    key:str,      # conf key
-    text:str,     # its value as text
-    where:str,    # file or 'override', for the error
-    keys:dict,    # from `conf_keys`
-):
-    "Set one key; raises KeyError for an unknown key, ValueError for a value of the wrong type."
+def _set(cfg, key, text, where, keys):
+    "Set one key of `cfg`; raises KeyError for an unknown key, ValueError for a value of the wrong type."
     if key not in keys:
         near = difflib.get_close_matches(key, keys, n=1)
         raise KeyError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "; `mem_nb config` lists all keys"))
     section,f = keys[key]
-    kind = f.type if isinstance(f.type, type) else getattr(types, f.type, str)
-    try: value = _parse(text, kind)
-    except ValueError: raise ValueError(f"{where}: {key} = {text!r} should be {_WORDS[kind]}") from None
+    try: value = _parse(text, f.type)
+    except ValueError: raise ValueError(f"{where}: {key} = {text!r} should be {_WORDS[f.type]}") from None
     setattr(getattr(cfg, section), f.name, value)
 
 # %% ../nbs/00_config.ipynb #e15206d6
@@ -288,20 +272,15 @@ def check_config(
 
 def _check_combinations(cfg, where):
     "Sizes must fit each other."
-    d,h,w = cfg.data,*cfg.grid
-    if d.input_H%cfg.patch or d.input_W%cfg.patch:
-        raise ValueError(f"{where}: input_H = {d.input_H} and input_W = {d.input_W} should be multiples of the patch, "
-                         f"2**num_layers = {cfg.patch} pixels")
-    if not 0<cfg.pretrain.num_mask_patches<h*w:
-        raise ValueError(f"{where}: num_mask_patches = {cfg.pretrain.num_mask_patches} should lie in 1…{h*w-1}, "
-                         f"since the grid has {h}×{w} = {h*w} patches")
-    if cfg.encoder.emb%cfg.encoder.heads:
-        raise ValueError(f"{where}: transformer_emb = {cfg.encoder.emb} should be a multiple of transformer_heads = {cfg.encoder.heads}")
-    for m in cfg.finetune.methods:
-        if m not in METHODS: raise ValueError(f"{where}: class_methods has {m!r}; known: {', '.join(METHODS)}")
-    for n in cfg.finetune.labels:
-        if not (n=='all' or (isinstance(n,int) and n>0) or (isinstance(n,float) and 0<n<1)):
-            raise ValueError(f"{where}: class_labels has {n!r}; give counts (100), fractions between 0 and 1 (0.05), or all")
+    (h,w),(H,W),n,e = cfg.grid,cfg.data.input_size,cfg.pretrain.num_mask_patches,cfg.encoder
+    known = lambda b: b=='all' or isinstance(b,(int,float)) and (0<b<1 or b==int(b)>0)
+    for ok,said in (
+        (H%cfg.patch==0==W%cfg.patch, f"input_H = {H} and input_W = {W} should be multiples of the patch, 2**num_layers = {cfg.patch} pixels"),
+        (0<n<h*w, f"num_mask_patches = {n} should lie in 1…{h*w-1}, since the grid has {h}×{w} = {h*w} patches"),
+        (e.emb%e.heads==0, f"transformer_emb = {e.emb} should be a multiple of transformer_heads = {e.heads}"),
+        *((m in METHODS, f"class_methods has {m!r}; known: {', '.join(METHODS)}") for m in cfg.finetune.methods),
+        *((known(b), f"class_labels has {b!r}; give counts (100), fractions between 0 and 1 (0.05), or all") for b in cfg.finetune.labels)):
+        if not ok: raise ValueError(f"{where}: {said}")
 
 METHODS = ('pretrained','scratch')  # how finetuning may start
 
@@ -324,7 +303,7 @@ def parse_config(
     where:str='config',   # name of the source, for errors
 ) -> Config:
     "Read a configuration from text; raises KeyError or ValueError that name the key."
-    parser = configparser.ConfigParser(interpolation=None, delimiters=('=',), comment_prefixes=('#',), inline_comment_prefixes=('#',), strict=True)
+    parser = configparser.ConfigParser(interpolation=None, delimiters=('=',), comment_prefixes=('#',), inline_comment_prefixes=('#',))
     parser.optionxform = str  # keys keep their case: input_H
     try: parser.read_string('[conf]\n' + text, source=where)
     except configparser.Error as e: raise ValueError(f"{where}: {e}; a line is `key = value`, each key once") from None
@@ -362,9 +341,8 @@ def save_config(
     path:str|Path,   # file to write
 ):
     "Write every key to `path`, atomically."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name+'.tmp')
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(f'{path}.tmp')
     temporary.write_text(config_text(cfg))
     temporary.replace(path)
 

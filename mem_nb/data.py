@@ -42,9 +42,7 @@ DATASETS = dict(
     digits=Dataset(suffixes=('.bin',)))                                # simulated when it is prepared
 
 # %% ../nbs/07_data.ipynb #236e778d
-def find_dataset(
-    name:str,  # key of the registry
-) -> Dataset:
+def find_dataset(name:str) -> Dataset:
     "Look a data set up; raises KeyError that lists the known ones."
     if name not in DATASETS: raise KeyError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}. Add yours to mem_nb.data.DATASETS")
     return DATASETS[name]
@@ -114,10 +112,8 @@ def _listed_split(files, split_file):
     if absent: raise ValueError(f"{split_file} lists {len(absent)} recordings that are not there, such as {', '.join(absent[:3])}; is the data set complete?")
     return sorted(out, key=lambda r: (r.split, r.name))
 
-def split_hash(
-    names,  # `train/<class>/<file>` strings
-) -> str:   # 12 hexadecimal digits
-    "A fingerprint of a split, to be printed with every figure."
+def split_hash(names) -> str:
+    "A fingerprint of a split, 12 hexadecimal digits from its `train/<class>/<file>` names."
     return hashlib.sha256('\n'.join(sorted(names)).encode()).hexdigest()[:12]
 
 # %% ../nbs/07_data.ipynb #aa3e8a79
@@ -195,7 +191,7 @@ def store_path(
     d = cfg.data
     if d.store_path: return Path(d.store_path)
     window = d.slice_max_evs if d.data_set=='recordings' else None
-    key = [str(Path(d.data_path).resolve()), d.data_set, d.split_file, d.val_fraction, d.split_seed, d.sensor_H, d.sensor_W, window]
+    key = [str(Path(d.data_path).resolve()), d.data_set, d.num_digits, d.split_file, d.val_fraction, d.split_seed, d.sensor_H, d.sensor_W, window]
     return Path(cfg.run.runs_dir)/'stores'/f'{d.data_set}-{hashlib.sha256(repr(key).encode()).hexdigest()[:8]}'
 
 def prepare(
@@ -203,8 +199,11 @@ def prepare(
 ) -> Path:       # folder of the store
     "Pack the recordings of a configuration, unless that is done; raises where folder, files or split do not fit."
     d,folder,dataset = cfg.data,store_path(cfg),find_dataset(cfg.data.data_set)
-    if d.data_set=='digits': simulate_digits(d.data_path, d.num_digits, d.split_seed, (d.sensor_H or 34, d.sensor_W or 34))
-    recordings = list_recordings(d.data_path, dataset, d.split_file, d.val_fraction, d.split_seed)
+    root = Path(d.data_path)
+    if d.data_set=='digits':
+        root /= f'{d.num_digits}_seed{d.split_seed}'
+        simulate_digits(root, d.num_digits, d.split_seed, (d.sensor_H or 34, d.sensor_W or 34))
+    recordings = list_recordings(root, dataset, d.split_file, d.val_fraction, d.split_seed)
     seen = split_hash(f'{r.split}/{r.name} {(s:=r.path.stat()).st_size} {s.st_mtime_ns}' for r in recordings)
     manifest = read_manifest(folder) if (folder/'manifest.json').exists() else {}
     if manifest.get('seen')!=seen:

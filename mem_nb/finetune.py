@@ -7,7 +7,7 @@ __all__ = ['build_classifier', 'classifier_optimizer', 'predict', 'accuracy_metr
            'classification_loss', 'finetune_settings', 'pretrained_path', 'finetune', 'load_classifier']
 
 # %% ../nbs/13_finetune.ipynb #aa966ca2
-import hashlib, json
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
@@ -15,7 +15,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 from .config import Config
 from .data import EventStore, eval_batches, label_subset, make_frames, num_steps, prepare, train_batches
-from .encoder import build_encoder, load_encoder
+from .encoder import config_encoder, load_encoder
 from .train import cosine_schedule, fit, load_weights, step_settings
 
 # %% ../nbs/13_finetune.ipynb #4533e378
@@ -26,9 +26,7 @@ def build_classifier(
     head_scale:float=.001, # factor on the head's first weights
 ) -> nn.Module:        # timm Beit; `(B, C, H, W)` -> `(B, num_classes)`
     "The encoder with a position bias a block and a small head."
-    e = cfg.encoder
-    model = build_encoder(cfg.data.input_size, cfg.patch, cfg.data.in_chans, e.emb, e.depth, e.heads, e.mlp_ratio, drop_path,
-                          e.init_values, shared_bias=False, num_classes=num_classes)
+    model = config_encoder(cfg, drop_path, shared_bias=False, num_classes=num_classes)
     with torch.no_grad():
         for p in model.head.parameters(): p.mul_(head_scale)
     return model
@@ -70,7 +68,9 @@ def accuracy_metrics(
                 cross_entropy=F.nll_loss(probabilities.clamp_min(1e-9).log(), labels))
 
 # %% ../nbs/13_finetune.ipynb #13e32034
-def run_name(method, labels, seed): return f'{method}_{labels}_seed{seed}'
+def run_name(method, labels, seed):
+    "Folder of one finetuning."
+    return f'{method}_{labels}_seed{seed}'
 
 def finetune_one(
     cfg:Config,          # configuration
@@ -121,7 +121,7 @@ def finetune_settings(cfg, store, method, labels, seed):
 def pretrained_path(cfg):
     "The pretrained weights that finetuning starts from."
     if cfg.finetune.checkpoint: return Path(cfg.finetune.checkpoint)
-    if cfg.pretrain.skip: return Path(cfg.pretrain.checkpoint)
+    if cfg.pretrain.skip: return Path(cfg.pretrain.checkpoint)   # '' is caught by load_encoder
     return cfg.folder/'pretrain'/'final.safetensors'
 
 # %% ../nbs/13_finetune.ipynb #5d3bc7c3

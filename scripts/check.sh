@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that a change must pass; looks at the tree as it is and leaves it as it is. pytest comes last, whatever failed before.
+# All that a change must pass. Looks at the tree as it is and leaves it so; pytest comes last, whatever failed before.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH" WANDB_MODE=offline HF_HUB_OFFLINE=1

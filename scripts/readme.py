@@ -44,7 +44,8 @@ def stale(
 ) -> list:       # paths of the files that are not so, or should not be there
     "What `--check` complains about."
     there = {f'{PICTURES}/{p.name}' for p in (ROOT/PICTURES).glob('readme_*')}
-    return sorted(there - files.keys()) + [k for k,v in files.items() if not (ROOT/k).is_file() or (ROOT/k).read_bytes()!=v]
+    differ = [k for k,v in files.items() if not (ROOT/k).is_file() or (ROOT/k).read_bytes()!=v]
+    return sorted(there - files.keys()) + differ
 
 if __name__ == '__main__':
     text,pictures = readme(ROOT/'nbs'/'index.ipynb')
