@@ -76,8 +76,8 @@ def augment_events(
     generator:torch.Generator,  # source of chance
 ) -> EventBatch:
     "Time reversal, flip and shift, drawn for each sample."
-    batch = time_reverse(batch, time_flip, generator)
-    batch = flip_x(batch, flip, generator)
+    if time_flip: batch = time_reverse(batch, time_flip, generator)
+    if flip: batch = flip_x(batch, flip, generator)
     return shift_events(batch, max_shift, generator) if max_shift else batch
 
 # %% ../nbs/06_augment.ipynb #8b996baa
@@ -89,7 +89,7 @@ def _matrix(*rows):
 
 def warp_frames(
     frames:torch.Tensor,  # `(B, C, H, W)` float
-    matrix:torch.Tensor,  # `(B, 2, 3)`: a pixel at (x, y) takes its value from `A @ (x, y) + b`, in pixels from the centre
+    matrix:torch.Tensor,  # `(B, 2, 3)`: (x, y) takes its value from `A @ (x, y) + b`, in pixels from the centre
 ) -> torch.Tensor:        # `(B, C, H, W)`; what comes from outside is 0
     "Move each frame by its own affine map, bilinear."
     h,w = frames.shape[-2:]
@@ -114,7 +114,7 @@ def affine_frames(
     return warp_frames(frames, _matrix(cos, -sin, sin*dy-cos*dx, sin, cos, -sin*dx-cos*dy))
 
 # %% ../nbs/06_augment.ipynb #b5edb324
-LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601, which the original's colour operations use: channels are read as red, green, blue
+LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601: the original's colour operations read the channels as red, green, blue
 
 def _gray(x, channels): return (x*x.new_tensor([LUMA[c] for c in channels])[:,None,None]).sum(1, keepdim=True)
 def _blend(a, b, ratio): return (b + (a-b)*ratio).clamp(0,1)
@@ -141,7 +141,7 @@ GEOMETRIC = dict(   # coefficients of the map, from strength `m` in -1…1 and t
     ShearY     = lambda m,h,w: (1, 0, 0, (.3*m).tan(), 1, 0),
     TranslateX = lambda m,h,w: (1, 0, -(150/331*w*m).trunc(), 0, 1, 0),
     TranslateY = lambda m,h,w: (1, 0, 0, 0, 1, -(150/331*h*m).trunc()),
-    Rotate     = lambda m,h,w: ((m*math.pi/6).cos(), -(m*math.pi/6).sin(), 0, (m*math.pi/6).sin(), (m*math.pi/6).cos(), 0))
+    Rotate     = lambda m,h,w: ((c:=(m*math.pi/6).cos()), -(s:=(m*math.pi/6).sin()), 0, s, c, 0))
 
 # %% ../nbs/06_augment.ipynb #5711cfce
 def _blur(x): return VF.adjust_sharpness(x.flatten(0,1)[:,None], 0.).view_as(x)

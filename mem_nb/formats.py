@@ -174,8 +174,8 @@ def read_events(
     path,          # a recording of any of `FORMATS`
 ) -> np.ndarray:   # `(N,)` events, at least one, in order of time
     "Read a recording, whatever wrote it. EventFileError for anything that is not one."
-    if not Path(path).is_file(): raise EventFileError(f"{path}: no such file")
-    if not os.path.getsize(path): raise EventFileError(f"{path}: no events: an empty file; leave it out or fetch it again")
+    if not Path(path).is_file(): raise EventFileError(f"{path}: no such file; check the path")
+    if not os.path.getsize(path): raise EventFileError(f"{path}: no events: an empty file; leave it out")
     try: return check_events(FORMATS[file_format(path)](path), None, str(path))
     except EventFileError: raise
     except (ValueError, OSError) as e: raise EventFileError(f"{e}" if str(path) in f"{e}" else f"{path}: {e}") from None

@@ -63,13 +63,14 @@ def batch_events(
     size:tuple,       # sensor `(H, W)` in pixels
     labels=None,      # `(B,)` class indices
 ) -> EventBatch:
-    "Join event arrays into one batch; raises ValueError for coordinates outside the sensor or times that run backwards."
+    "Join event arrays; raises ValueError for coordinates outside the sensor and times that run backwards."
     for i,e in enumerate(recordings):
         if len(e): check_events(e, size, f'sample {i}')
-    column = lambda name, dtype: torch.from_numpy(np.concatenate([e[name] for e in recordings]).astype(dtype))
-    labels = np.full(len(recordings), -1) if labels is None else labels
-    return EventBatch(column('x', np.int32), column('y', np.int32), column('t', np.int64), column('p', bool),
-                      torch.tensor([0, *map(len, recordings)]).cumsum(0), torch.as_tensor(labels, dtype=torch.int64), tuple(size))
+    kinds = dict(x=np.int32, y=np.int32, t=np.int64, p=bool)
+    columns = (torch.from_numpy(np.concatenate([e[k] for e in recordings]).astype(v)) for k,v in kinds.items())
+    offsets = torch.tensor([0, *map(len, recordings)]).cumsum(0)
+    labels = torch.full((len(recordings),), -1) if labels is None else torch.as_tensor(labels, dtype=torch.int64)
+    return EventBatch(*columns, offsets, labels, tuple(size))
 
 def unbatch_events(
     batch:EventBatch,  # events of B samples
@@ -213,8 +214,9 @@ def raw_frames(
     voxel_bins:int=5,                # channels of a voxel grid
 ) -> torch.Tensor:                   # `(B, C, *batch.size)` float32
     "Events to channels, before anything is resized or scaled; raises ValueError for an unknown representation."
+    if representation not in REPRESENTATIONS:
+        raise ValueError(f"unknown representation {representation!r}; known: {', '.join(REPRESENTATIONS)}")
     if representation=='voxel': return voxel_grid(batch, voxel_bins)
-    if representation!='histogram': raise ValueError(f"unknown representation {representation!r}; known: {', '.join(REPRESENTATIONS)}")
     brighter,darker = histogram(batch).float().split(1, dim=1)
     return torch.cat([brighter, time_surface(batch) if timesurface else torch.zeros_like(darker), darker], dim=1)
 

@@ -44,8 +44,9 @@ def draw_blocks(
     u = torch.rand((4, len(largest), 1), generator=generator, device=device)
     area = smallest + u[0]*(largest[:,None]-smallest).clamp_min(0)
     ratio = aspect[0]*(aspect[1]/aspect[0])**u[1]                   # log-uniform, so that lying and standing are alike
-    bh = (area*ratio).sqrt().round().clamp(1, h)                    # (batch, 1)
-    bw = (area/bh).ceil().clamp(max=w)
+    low,wide = max(1, h-1),max(1, w-1)                              # as in BEiT, no block spans a whole side
+    bh = torch.maximum((area*ratio).sqrt().round(), (area/wide).ceil()).clamp(1, low)  # (batch, 1)
+    bw = (area/bh).ceil().clamp(max=wide)
     row = (torch.arange(h, device=device) - (u[2]*h).floor()) % h   # (batch, h), counted from the block's first row
     col = (torch.arange(w, device=device) - (u[3]*w).floor()) % w
     row = (row*w).int().masked_fill_(row>=bh, OUTSIDE)

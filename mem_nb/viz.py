@@ -20,9 +20,9 @@ BRIGHTER, DARKER, HIDDEN = '#d6423f', '#3465a4', '#a8a8a8'
 LINES = ['#d6423f', '#3465a4', '#3f9b5f', '#e0962b', '#7d56a8', '#5b6770', '#c77096', '#2aa5a0']
 STYLE = {'axes.spines.top':False, 'axes.spines.right':False, 'axes.edgecolor':'#777', 'axes.labelcolor':'#333',
          'axes.titlesize':10, 'axes.labelsize':9, 'axes.axisbelow':True, 'axes.prop_cycle':plt.cycler(color=LINES),
-         'xtick.labelsize':8, 'xtick.color':'#777', 'xtick.labelcolor':'#333', 'grid.color':'#e6e6e6', 'grid.linewidth':.8,
+         'xtick.labelsize':8, 'xtick.color':'#777', 'xtick.labelcolor':'#333', 'grid.color':'#e6e6e6',
          'ytick.labelsize':8, 'ytick.color':'#777', 'ytick.labelcolor':'#333', 'lines.linewidth':1.6, 'figure.dpi':100,
-         'legend.frameon':False, 'legend.fontsize':8}
+         'legend.frameon':False, 'legend.fontsize':8, 'grid.linewidth':.8}
 
 @contextmanager
 def style():
@@ -152,7 +152,7 @@ def show_mask(
     rgb,hidden = frame_to_rgb(frame), _array(mask, bool).reshape(grid)
     h,w = rgb.shape[:2]
     ax = _image(_axes(ax, (3, .3+2.9*h/w)), rgb, title)
-    cover = np.dstack(np.broadcast_arrays(*to_rgb(HIDDEN), hidden))                       # (h, w, 4): opaque where hidden
+    cover = np.dstack(np.broadcast_arrays(*to_rgb(HIDDEN), hidden))     # (h, w, 4): opaque where hidden
     ax.imshow(cover, extent=(-.5,w-.5,h-.5,-.5), interpolation='nearest')
     lines = [np.arange(1,n)*length/n-.5 for n,length in zip(grid, (h,w))]
     ax.set(yticks=lines[0], xticks=lines[1], xticklabels=[], yticklabels=[])
@@ -255,7 +255,8 @@ def show_confusion(
     ax.imshow(share, cmap=LinearSegmentedColormap.from_list('blues', ['white',DARKER]), vmin=0, vmax=1)
     if n<=20:
         for i,j in np.argwhere(m>0):
-            ax.text(j, i, f'{m[i,j]:.0f}', ha='center', va='center', fontsize=7, color='white' if share[i,j]>.5 else '#333')
+            dark = share[i,j]>.5
+            ax.text(j, i, f'{m[i,j]:.0f}', ha='center', va='center', fontsize=7, color='white' if dark else '#333')
         ax.set(xticks=range(n), yticks=range(n), yticklabels=classes)
         ax.set_xticklabels(classes, rotation=90 if max(len(str(c)) for c in classes)>3 else 0)
     ax.set(xlabel='said', ylabel='is', title=title or f'{100*np.trace(m)/max(m.sum(),1):.1f} % right')

@@ -1,8 +1,9 @@
 "Laws of frames; the numbers are the defects of the original that each test guards against."
 import numpy as np, pytest, torch
 from mem_nb.events import make_events
-from mem_nb.frames import (batch_events, event_histogram, gamma_transform, histogram, keep, log_transform, normalize_frames,
-                           remove_hot_pixels, resize_frames, time_surface, to_frames, unbatch_events, voxel_grid)
+from mem_nb.frames import (batch_events, event_histogram, gamma_transform, histogram, keep, log_transform,
+                           normalize_frames, remove_hot_pixels, resize_frames, time_surface, to_frames,
+                           unbatch_events, voxel_grid)
 
 DEVICES = ['cpu', pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU'))]
 SIZE = (12,20)
@@ -10,7 +11,8 @@ SIZE = (12,20)
 def draw(n, seed=0, size=SIZE, t0=0):
     "A recording of noise."
     rng = np.random.default_rng([seed, n])
-    return make_events(rng.integers(0, size[1], n), rng.integers(0, size[0], n), t0+np.sort(rng.integers(0, 10**5, n)), rng.integers(0, 2, n))
+    t = t0 + np.sort(rng.integers(0, 10**5, n))
+    return make_events(rng.integers(0, size[1], n), rng.integers(0, size[0], n), t, rng.integers(0, 2, n))
 
 @pytest.fixture
 def recordings(): return [draw(n, t0=10**9) for n in (300, 0, 1, 2000, 0)]
@@ -18,8 +20,9 @@ def recordings(): return [draw(n, t0=10**9) for n in (300, 0, 1, 2000, 0)]
 @pytest.fixture
 def batch(recordings): return batch_events(recordings, SIZE, labels=[3,1,4,1,5])
 
-WAYS = [dict(), dict(timesurface=True, log=True), dict(size=(8,24), gamma=.5), dict(size=(16,16), fit='crop', gain=2), dict(normalize=False),
-        dict(representation='voxel', voxel_bins=3), dict(representation='voxel', voxel_bins=5, log=True, size=(9,9), normalize=False)]
+WAYS = [dict(), dict(timesurface=True, log=True), dict(size=(8,24), gamma=.5), dict(size=(16,16), fit='crop', gain=2),
+        dict(normalize=False), dict(representation='voxel', voxel_bins=3),
+        dict(representation='voxel', voxel_bins=5, log=True, size=(9,9), normalize=False)]
 
 # ---- batches
 def test_there_and_back(batch, recordings):
@@ -85,7 +88,7 @@ def test_a_batch_gives_what_each_sample_gives_alone(way, device, recordings):
         alone = to_frames(batch_events([r], SIZE), **way)[0]
         assert torch.allclose(f, alone, rtol=0, atol=0 if device=='cpu' else 1e-5)
 
-@pytest.mark.parametrize('name,kw', [('img_auto', {}), ('img_fixed_200x260', {}), ('img_auto_ts', dict(timesurface=True))])
+@pytest.mark.parametrize('name,kw', [('img_auto',{}), ('img_fixed_200x260',{}), ('img_auto_ts',dict(timesurface=True))])
 def test_frames_are_the_originals(shared, name, kw):
     golden = np.load(shared/'golden'/'hist.npz')
     img = torch.tensor(golden[name]).permute(2,0,1)
@@ -127,7 +130,7 @@ def test_resize_is_the_originals(shared):
 @pytest.mark.parametrize('size', [(6,6), (13,7), (30,31)])
 def test_crop_keeps_the_centre_and_pads_with_zeros(size):
     from torchvision.transforms.v2.functional import center_crop
-    even = torch.rand(2,3,6+size[0]%2*1,6+size[1]%2*1)               # same parity: only one centre
+    even = torch.rand(2,3,6+size[0]%2,6+size[1]%2)                    # same parity: only one centre
     assert torch.equal(resize_frames(even, size, 'crop'), center_crop(even, list(size)))
 
 def test_hot_pixels_scale_log_and_gamma_are_the_originals(shared):
