@@ -17,7 +17,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, torch, torch.nn.functional as F
 from fastcore import xml
 from sklearn import linear_model, metrics, neighbors, pipeline, preprocessing, svm
-from . import __version__
 from .config import Config, config_text
 from .viz import fig_to_base64, show_codebook, show_confusion, show_curves, show_frame, show_label_curve, style
 from .data import EventStore, all_frames, eval_batches, label_subset, make_frames, prepare
@@ -94,10 +93,9 @@ def finished_records(cfg, train, val):
 # %% ../nbs/15_evaluate.ipynb #73dff25c
 def feature_probes(train_features, train_labels, val_features, val_labels, seed=0):
     "Nearest neighbour and logistic regression on standardised features `(n, D)`; arguments as in `frame_baselines`."
-    models = {'knn on features':neighbors.KNeighborsClassifier(1),
-              'linear probe':linear_model.LogisticRegression(max_iter=2000, random_state=seed)}
-    return {k:_accuracy(pipeline.make_pipeline(preprocessing.StandardScaler(), m), train_features, train_labels, val_features, val_labels)
-            for k,m in models.items()}
+    models = {'knn on features':neighbors.KNeighborsClassifier(1), 'linear probe':linear_model.LogisticRegression(max_iter=2000, random_state=seed)}
+    ready = {k:pipeline.make_pipeline(preprocessing.StandardScaler(), m) for k,m in models.items()}
+    return {k:_accuracy(m, train_features, train_labels, val_features, val_labels) for k,m in ready.items()}
 
 def pretrained_encoder(cfg):
     "The encoder that finetuning starts from, or None where nothing was pretrained."
@@ -121,7 +119,7 @@ def simple_records(cfg, train, val, encoder=None, most=5000):
     for n in cfg.finetune.labels:
         for s in cfg.finetune.seeds:
             own = label_subset(train.labels, n, s)
-            if len(own)<=most: drawn.setdefault(own.tobytes(), (own, dict(labels=str(n), n_labels=len(own), seed=s)))
+            if len(own)<=most: drawn.setdefault((n,own.tobytes()), (own, dict(labels=str(n), n_labels=len(own), seed=s)))
     if not drawn: return []
     used = np.unique(np.concatenate([own for own,_ in drawn.values()]))
     (x,f),(val_x,val_f) = describe(train, cfg.data, encoder, used, device),describe(val, cfg.data, encoder, None, device)
@@ -137,8 +135,7 @@ def simple_records(cfg, train, val, encoder=None, most=5000):
 def label_figure(results):
     "Accuracy of all records against labels: what was trained is drawn full, what is simple dashed."
     fig,ax = plt.subplots(figsize=(8.6,4), layout='constrained')
-    rows = sorted(results, key=lambda r: list(METHOD_NAMES).index(r['method']))
-    show_label_curve([dict(r, method=METHOD_NAMES[r['method']]) for r in rows], ax=ax)
+    show_label_curve([dict(r, method=name) for m,name in METHOD_NAMES.items() for r in results if r['method']==m], ax=ax)
     for line in ax.lines:
         if line.get_label() not in list(METHOD_NAMES.values())[:2]: line.set(linestyle='--', linewidth=1.2, markersize=3)
     ax.set_ylim(0, 100); ax.legend(loc='center left', bbox_to_anchor=(1,.5))
@@ -150,8 +147,8 @@ def reconstruction_quality(vae, frames, train_frames):
     "Error of frames rebuilt from tokens, beside that of the mean training frame; codes_used, codes_used_fraction, perplexity."
     parts = frames.to(next(vae.parameters()).device).split(64)
     error = sum(F.mse_loss(reconstruct(vae, f), f, reduction='sum').item() for f in parts)/frames.numel()
-    mean = F.mse_loss(train_frames.mean(0).expand_as(frames), frames).item()
-    return dict(mse=error, mean_frame_mse=mean, **codebook_health(torch.cat([vae.tokens(f) for f in parts]), vae.num_tokens))
+    return dict(mse=error, mean_frame_mse=F.mse_loss(train_frames.mean(0).expand_as(frames), frames).item(),
+                **codebook_health(torch.cat([vae.tokens(f) for f in parts]), vae.num_tokens))
 
 # %% ../nbs/15_evaluate.ipynb #d2fb6512
 @torch.no_grad()
@@ -162,7 +159,7 @@ def codebook_figure(vae, frames, most=48):
     common = counts.argsort(kind='stable')[::-1][:min(most, (counts>0).sum())].copy()
     same = torch.from_numpy(common).to(device)[:,None].expand(-1, 9)
     pictures = vae.decode(same, (3,3))[..., p:2*p, p:2*p].float().cpu()
-    fig = show_codebook(dict(zip(common.tolist(), pictures)), counts, len(common))
+    fig = show_codebook(dict(zip(common.tolist(), pictures)), counts, len(common), cols=8)
     for ax,f in zip(fig.axes, pictures): show_frame(f, ax, ax.get_title(), vmax=pictures.max().item())
     return fig
 
@@ -192,7 +189,7 @@ def machine(device='cpu'):
     names = [l.split(': ')[1] for l in info.read_text().splitlines() if l.startswith('model name')] if info.exists() else []
     here = dict(cpus=os.cpu_count(), processor=names[0] if names else platform.machine(), system=platform.platform(),
                 gpu=torch.cuda.get_device_name() if torch.device(device).type=='cuda' else 'none used')
-    return here, dict(mem_nb=__version__, python=platform.python_version(), **{n:version(n) for n in ('torch','timm','numpy','scikit-learn')})
+    return here, dict(python=platform.python_version(), **{n:version(n) for n in ('mem_nb','torch','timm','numpy','scikit-learn')})
 
 # %% ../nbs/15_evaluate.ipynb #bdedf57e
 def percent(mean, std=None):
@@ -208,8 +205,8 @@ def headline(table, gain):
     elif g['wins']<g['seeds']: said = f"pretraining makes no clear difference: {both}, better in {g['wins']} of {g['seeds']} draws"
     else: said = f"pretraining gains {100*g['mean']:.1f} points: {both}"
     said = f"With {g['n_labels']} labels, {said}{' (a single draw)' if g['seeds']==1 else ''}."
+    best = max(g['pretrained'], g['scratch'])
     for svm in [r['mean'] for r in table if r['method']=='svm' and r['n_labels']==g['n_labels']]:
-        best = max(g['pretrained'], g['scratch'])
         said += f" An SVM on the frames {'reaches' if svm<best else 'does as well:' if svm==best else 'does better:'} {percent(svm)} %."
     return said
 
@@ -248,29 +245,30 @@ def summarise(cfg, train, val):
                 cost=[c for c in costs if c], machine=here, versions=versions)
 
 # %% ../nbs/15_evaluate.ipynb #0a0e9606
-PANELS = dict(tokenizer=[['recon','val_recon','val_mean_frame_recon'], ['val_codes_used','val_perplexity']],
-              pretrain=[['masked_accuracy','val_masked_accuracy','val_commonest'], ['val_masked_accuracy_filled','val_commonest_filled'],
-                        ['loss','val_loss','val_mean_frame']])
+PANELS = dict(tokenizer={'Squared error':['recon','val_recon','val_mean_frame_recon'], 'Codes in use':['val_codes_used','val_perplexity']},
+              pretrain={'Hidden tokens named rightly':['masked_accuracy','val_masked_accuracy','val_commonest'],
+                        '… where there are events':['val_masked_accuracy_filled','val_commonest_filled'],
+                        'Loss on hidden patches':['loss','val_loss','val_mean_frame']})
 
 @style()
-def curves_figure(log, groups):
-    "Lines of `log.jsonl` as a panel for each group of keys; None where the log has none of them."
-    known = {k for line in log for k in line}
-    groups = [keys for keys in ([k for k in keys if k in known] for keys in groups) if keys]
-    if not groups: return None
-    fig,axs = plt.subplots(1, len(groups), figsize=(3.3*len(groups),2.6), squeeze=False, layout='constrained')
-    for ax,keys in zip(axs[0], groups):
-        show_curves(log, keys, ax=ax)
-        ax.set_ylim(bottom=0)
+def curves_figure(log, panels):
+    "Lines of `log.jsonl` under each title of `panels`; None where the log has none of the keys."
+    logged = {title:[k for k in keys if any(k in line for line in log)] for title,keys in panels.items()}
+    found = {title:keys for title,keys in logged.items() if keys}
+    if not found: return None
+    fig,axs = plt.subplots(1, len(found), figsize=(3.3*len(found),2.7), squeeze=False, layout='constrained')
+    for ax,(title,keys) in zip(axs[0], found.items()):
+        show_curves(log, keys, ax=ax, title=title)
+        ax.set_ylim(bottom=0); ax.set_ylabel('')
     return fig
 
 # %% ../nbs/15_evaluate.ipynb #4cb6e1c9
 CSS = """
 body { margin:0; background:#f4f6f8; color:#1d2733; font:16px/1.55 system-ui,"Segoe UI",Roboto,"Liberation Sans",sans-serif }
 main { max-width:960px; margin:32px auto; padding:40px 6%; box-sizing:border-box; background:#fff; border-radius:14px }
-h1 { font-size:31px; line-height:1.22; margin:.2em 0 .35em; text-wrap:balance }
+h1 { font-size:31px; line-height:1.22; margin:.2em 0 .35em; text-wrap:balance } .best { font-weight:700 }
 h2 { font-size:21px; margin:2em 0 .3em; padding-top:1.2em; border-top:1px solid #e3e7ec }
-p { max-width:76ch } .run { color:#3465a4; font-weight:600 } .lead { font-size:18px; color:#5b6775 } .best { font-weight:700 }
+p { max-width:76ch } .run { color:#3465a4; font-weight:600 } .lead { font-size:18px; color:#5b6775 }
 .tiles { display:grid; grid-template-columns:repeat(auto-fit,minmax(150px,1fr)); gap:14px; line-height:1.35; font-size:13.5px; color:#5b6775 }
 .tiles div { background:#f4f7fb; border-radius:10px; padding:14px 16px } .tiles b { display:block; font-size:24px; color:#1d2733 }
 .note { background:#fff7e6; border-left:4px solid #e0962b; padding:10px 16px } img { display:block; max-width:100%; margin:1em auto }
@@ -300,11 +298,9 @@ def html_section(title, text, *parts):
 # %% ../nbs/15_evaluate.ipynb #5a74010b
 def accuracy_table(table, gain):
     "Methods down, label budgets across: mean ± std in percent (draws); the best of each budget is bold."
-    if not table: return None
     at = {(r['method'], r['n_labels'], r['labels']):r for r in table + [dict(g, method='gain') for g in gain]}
     budgets,methods = sorted({k[1:] for k in at}),list(dict.fromkeys(r['method'] for r in table))
-    top = [max(at[m,*b]['mean'] for m in methods if (m,*b) in at) for b in budgets]
-    best = {(i,j+1) for i,m in enumerate(methods) for j,b in enumerate(budgets) if (m,*b) in at and at[m,*b]['mean']==top[j]}
+    best = {(i,j+1) for j,b in enumerate(budgets) for i in [np.argmax([at[m,*b]['mean'] if (m,*b) in at else -1 for m in methods])]}
     cell = lambda r: '–' if r is None else percent(r['mean'], r['std']) + f" ({r['seeds']})"
     rows = [[METHOD_NAMES.get(m, 'pretrained − scratch'), *(cell(at.get((m,*b))) for b in budgets)] for m in methods + ['gain']*bool(gain)]
     return html_table(rows, ['accuracy, %', *(f"{n:,} labels{' (all)' if l=='all' else ''}" for n,l in budgets)], best)
@@ -312,10 +308,10 @@ def accuracy_table(table, gain):
 def tiles(summary):
     "The key figures of a summary, large."
     gain,t,p,cost,at = (summary[k] for k in ('gain','tokenizer','pretrain','cost','machine'))
-    found = [(f"{100*g['mean']:+.1f} points", f"pretrained over scratch, {g['n_labels']} labels; {g['wins']} of {g['seeds']} draws better") for g in gain[:1]]
+    found = [(f"{100*g['mean']:+.1f}", f"points, pretrained over scratch, {g['n_labels']} labels; {g['wins']} of {g['seeds']} draws better") for g in gain[:1]]
     found += [(f"{percent(r['mean'])} %", f"pretrained, with {r['n_labels']:,} labels") for r in summary['table'] if r['method']=='pretrained'][-1:]
     if 'val_commonest' in p: found.append((f"{percent(p['val_masked_accuracy'])} %", f"of hidden tokens named; the commonest alone: {percent(p['val_commonest'])} %"))
-    if t: found.append((f"{t['codes_used']} codes", f"in use, {percent(t['codes_used_fraction'])} % of the codebook; perplexity {t['perplexity']:.0f}"))
+    if t: found.append((f"{percent(t['codes_used_fraction'])} %", f"of the codes in use: {t['codes_used']}; perplexity {t['perplexity']:.0f}"))
     if cost: found.append((f"{sum(c['minutes'] for c in cost):.1f} min", f"of training; {at['cpus']} CPUs, GPU: {at['gpu']}"))
     return xml.Div(*[xml.Div(xml.B(b), s) for b,s in found], cls='tiles')
 
@@ -325,35 +321,38 @@ def result_sections(cfg, summary, val):
     t,results,folder = summary['tokenizer'],summary['results'],cfg.folder
     r = pick_record([r for r in results if r['method'] in ('pretrained','scratch')])
     curves = lambda step: html_picture(curves_figure(read_log(folder/step), PANELS[step]), f'Training curves, {step}')
-    one = f"The classifier {METHOD_NAMES[r['method']]}, {r['n_labels']:,} labels, seed {r['seed']}; a row is a true class." if r else ''
-    rebuilt = f"Frames rebuilt from their tokens have a squared error of {t['mse']:.3g}, the mean frame has {t['mean_frame_mse']:.3g}. Codes in use, with their share of all tokens:" if t else ''
     return [
-        html_section('Accuracy with few labels', f"Mean ± standard deviation (number of draws) on {len(val):,} recordings. All methods see the same draws of the labels; dashed lines are simple methods.",
-                     html_picture(label_figure(results) if results else None, 'Accuracy against labels'), accuracy_table(summary['table'], summary['gain'])),
-        html_section('What was hidden, and what the encoder says', 'Validation recordings: the frame, what was visible of it, and how the encoder fills the gaps.',
+        html_section('Accuracy with few labels', f"Mean ± standard deviation (number of draws), on {len(val):,} recordings. "
+                     "All methods see the same draws of the labels; dashed lines are simple methods.",
+                     html_picture(label_figure(results), 'Accuracy against labels'), accuracy_table(summary['table'], summary['gain'])) if results else '',
+        html_section('What was hidden, and what the encoder says', 'Frames, what was visible of them, and how the encoder fills the gaps.',
                      html_picture(folder/'pretrain'/'media'/'strip.png', 'Frames, hidden patches, reconstructions'), curves('pretrain')),
-        html_section('The tokenizer', rebuilt, html_picture(codebook_figure(run_tokenizer(cfg), some_frames(val, cfg.data)), 'Codes by frequency'), curves('tokenizer')) if t else '',
-        html_section('What is taken for what', one, html_picture(show_confusion(confusion(cfg, r, val), val.classes), 'Confusion matrix')) if r else '']
+        html_section('The tokenizer', f"Frames rebuilt from their tokens have a squared error of {t['mse']:.3g}, the mean frame has "
+                     f"{t['mean_frame_mse']:.3g}. The codes, with their share of all tokens:",
+                     html_picture(codebook_figure(run_tokenizer(cfg), some_frames(val, cfg.data)), 'Codes by frequency'), curves('tokenizer')) if t else '',
+        html_section('What is taken for what', f"One classifier ({METHOD_NAMES[r['method']]}, {r['n_labels']:,} labels, seed {r['seed']}).",
+                     html_picture(show_confusion(confusion(cfg, r, val), val.classes), 'Confusion matrix')) if r else '']
 
 def run_sections(cfg, summary):
     "Cost, splits, seeds, versions, machine and configuration, for whoever wants to repeat the run."
     s,cost = summary['splits'],summary['cost']
     rows = [[c['step'], c['runs'], f"{c['steps']:,}", f"{1000*c['step_seconds']:.0f}", f"{c['images_s']:,.0f}", f"{c['minutes']:.1f}"] for c in cost]
-    facts = {'data set':s['data_set'], 'recordings':f"{s['train']:,} training, {s['val']:,} validation, {s['refused']} refused", 'sensor (H, W)':s['sensor'], 'split':s['split_hash'],
-             'seeds':', '.join(f'{k} {v}' for k,v in summary['seeds'].items()), **summary['machine'], **summary['versions']}
+    facts = {'data set':s['data_set'], 'recordings':f"{s['train']:,} training, {s['val']:,} validation, {s['refused']} refused",
+             'sensor (H, W)':s['sensor'], 'split':s['split_hash'], 'seeds':', '.join(f'{k} {v}' for k,v in summary['seeds'].items()),
+             **summary['machine'], **summary['versions']}
     draws = html_table([d.values() for d in s['label_draws']], ['labels','seed','recordings','fingerprint'])
-    return [html_section('What it cost', 'Validation included; interrupted trainings with all their sessions.', html_table(rows, ['step','trainings','steps','ms a step','samples/s','minutes']) if cost else None),
+    return [html_section('What it cost', 'Validation included; interrupted trainings with all their sessions.',
+                         html_table(rows, ['step','trainings','steps','ms a step','samples/s','minutes']) if cost else None),
             html_section('To repeat it', 'A fingerprint is the beginning of the SHA-256 of the names of the recordings.', html_table(facts.items()),
                          xml.Details(xml.Summary('Draws of the labels'), draws), xml.Details(xml.Summary('Configuration'), xml.Pre(config_text(cfg))))]
 
 # %% ../nbs/15_evaluate.ipynb #d5a264e2
 def report(cfg, summary):
     "Write `report.html` from a run and its summary: one file, with everything inside."
-    first,_,rest = summary['headline'].partition('. ')
-    title,path = f"mem_nb · {summary['run']}",cfg.folder/'report.html'
+    (first,_,rest),title,path = summary['headline'].partition('. '),f"mem_nb · {summary['run']}",cfg.folder/'report.html'
     lacks = xml.P('Not in this run: ' + ', '.join(summary['left_out']) + '.', cls='note') if summary['left_out'] else ''
-    body = xml.Main(xml.P(title, cls='run'), xml.H1(first.rstrip('.')+'.'), xml.P(rest, cls='lead'), tiles(summary), lacks,
-                    *result_sections(cfg, summary, EventStore(prepare(cfg), 'val')), *run_sections(cfg, summary))
+    body = xml.Main(xml.P(title, cls='run'), xml.H1(first.rstrip('.')+'.'), xml.P(rest, cls='lead'), tiles(summary),
+                    lacks, *result_sections(cfg, summary, EventStore(prepare(cfg), 'val')), *run_sections(cfg, summary))
     head = xml.Head(xml.Meta(charset='utf-8'), xml.Meta(name='viewport', content='width=device-width,initial-scale=1'), xml.Title(title), xml.Style(CSS))
     with atomic(path) as tmp: tmp.write_text(xml.to_xml(xml.Html(head, xml.Body(body), lang='en'), indent=False), encoding='utf-8')
     return path

@@ -15,7 +15,8 @@ def hide_first(
     n:int,               # patches to hide, 1…N-1
 ) -> torch.Tensor:       # `(..., N)` bool, True where hidden
     "Hide the `n` patches of the lowest rank; raises ValueError for an `n` that hides nothing or everything."
-    if not 0<n<order.shape[-1]: raise ValueError(f"num_mask_patches is {n}; a grid of {order.shape[-1]} patches can hide 1 to {order.shape[-1]-1}")
+    size = order.shape[-1]
+    if not 0<n<size: raise ValueError(f"num_mask_patches is {n}; a grid of {size} patches can hide 1 to {size-1}")
     chosen = order.topk(n, largest=False, sorted=False).indices
     return torch.zeros(order.shape, dtype=torch.bool, device=order.device).scatter_(-1, chosen, True)
 
@@ -38,7 +39,7 @@ def draw_blocks(
     smallest:int,               # area of the smallest block, in patches
     aspect:tuple,               # range of height over width
     generator:torch.Generator,  # draws on its own device
-) -> torch.Tensor:              # `(batch, h, w)` int32: place in the block, row by row; `OUTSIDE` or more where there is none
+) -> torch.Tensor:              # `(batch, h, w)` int32: place in the block; `OUTSIDE` or more outside
     "One rectangle a sample, anywhere on a grid whose opposite edges are joined."
     (h,w),device = grid,generator.device
     u = torch.rand((4, len(largest), 1), generator=generator, device=device)
@@ -82,7 +83,8 @@ def patch_events(
     patch:int,            # width of a patch in pixels
 ) -> torch.Tensor:        # `(B, h*w)` sum over each patch
     "How much happens in each patch; raises ValueError where the frame is not made of whole patches."
-    if any(s%patch for s in frames.shape[2:]): raise ValueError(f"frames of {tuple(frames.shape[2:])} pixels cannot be cut into patches of {patch}")
+    size = tuple(frames.shape[2:])
+    if any(s%patch for s in size): raise ValueError(f"frames of {size} pixels cannot be cut into patches of {patch}")
     if frames.shape[1]==3: frames = frames[:,::2]
     return F.avg_pool2d(frames.abs().sum(1, keepdim=True), patch).flatten(1)*patch**2
 

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['MaskedEventModel', 'masked_loss', 'masked_accuracy', 'MaskedAutoencoder', 'hidden_pixels', 'pixel_loss',
-           'frozen_tokens', 'HiddenTask', 'TokenTask', 'PixelTask', 'strip', 'strip_figure', 'build_model',
-           'pretrain_optimizer', 'pretrain_task', 'pretrain']
+           'frozen_tokens', 'HiddenTask', 'TokenTask', 'PixelTask', 'strip', 'strip_figure', 'draw_strip',
+           'build_model', 'pretrain_optimizer', 'pretrain_task', 'pretrain']
 
 # %% ../nbs/12_pretrain.ipynb #667f2723
 from dataclasses import dataclass
 from functools import cached_property, partial
 from math import isqrt
-import numpy as np, torch, torch.nn.functional as F
+import matplotlib.pyplot as plt, numpy as np, torch, torch.nn.functional as F
+from einops import rearrange
+from matplotlib.colors import to_rgb
 from timm.layers import trunc_normal_
 from timm.models.beit import Beit
 from timm.models.vision_transformer import Block
@@ -24,7 +26,7 @@ from .encoder import (config_encoder, encode_patches, from_patches, from_vit, lo
 from .masking import make_masks, patch_events
 from .tokenizer import load_tokenizer, mean_frame
 from .train import cosine_schedule, fit, load_weights, step_seed, step_settings
-from .viz import show_mask, show_reconstructions
+from .viz import HIDDEN, frame_to_rgb
 
 # %% ../nbs/12_pretrain.ipynb #8171d9d1
 class MaskedEventModel(nn.Module):
@@ -37,7 +39,8 @@ class MaskedEventModel(nn.Module):
         super().__init__()
         self.encoder,self.mask_token = encoder,nn.Parameter(torch.zeros(1,1,encoder.embed_dim))
         self.head = nn.Linear(encoder.embed_dim, num_tokens)
-        trunc_normal_(self.mask_token, std=.02); trunc_normal_(self.head.weight, std=.02); nn.init.zeros_(self.head.bias)
+        for p in (self.mask_token, self.head.weight): trunc_normal_(p, std=.02)
+        nn.init.zeros_(self.head.bias)
 
     def forward_features(self, frames, mask=None):
         "`(B, C, H, W)` -> `(B, 1+N, D)`; patches where `mask (B, N)` is True are replaced by the mask token."
@@ -132,6 +135,7 @@ class HiddenTask:
     seed:int=0         # of the masks in validation
     jitter:float=0.    # brightness jitter in training
     batch_size:int=64  # recordings at a time in validation
+    vae:nn.Module=None # frozen EventVAE, where tokens are asked for
 
     @property
     def patch(self): return self.data.input_H//self.grid[0]
@@ -149,8 +153,8 @@ class HiddenTask:
     def shown(self, store, device, limit=10**9):
         "Deterministic frames, a batch at a time; of at most `limit` recordings, evenly drawn."
         indices = np.linspace(0, len(store)-1, min(limit, len(store))).astype(int)
-        for batch in eval_batches(store, indices, self.batch_size, self.data.slice_max_evs):
-            yield make_frames(batch.to(device), self.data)
+        batches = eval_batches(store, indices, self.batch_size, self.data.slice_max_evs)
+        return (make_frames(b.to(device), self.data) for b in batches)
 
     @torch.no_grad()
     def validate(self, model):
@@ -163,11 +167,8 @@ class HiddenTask:
         return {k:torch.cat(v).mean() for k,v in found.items()}
 
 # %% ../nbs/12_pretrain.ipynb #fb629cfd
-@dataclass
 class TokenTask(HiddenTask):
     "Name the hidden tokens."
-    vae:nn.Module=None   # frozen EventVAE
-
     def judge(self, logits, frames, mask):
         "Loss and accuracy of one batch."
         tokens = frozen_tokens(self.vae, frames)
@@ -187,18 +188,14 @@ class TokenTask(HiddenTask):
         device,counts = next(self.vae.parameters()).device,0
         for frames in self.shown(self.train, device, 1000):
             tokens,filled = frozen_tokens(self.vae, frames),patch_events(frames, self.patch)>0
-            counts = counts + torch.stack([t.flatten().bincount(minlength=self.vae.num_tokens) for t in (tokens, tokens[filled])])
+            parts = tokens.flatten(),tokens[filled]
+            counts = counts + torch.stack([t.bincount(minlength=self.vae.num_tokens) for t in parts])
         return counts.argmax(1)
 
 # %% ../nbs/12_pretrain.ipynb #4eba9507
-@dataclass
 class PixelTask(HiddenTask):
     "Paint the hidden pixels."
-    vae = None
-
-    def judge(self, pixels, frames, mask):
-        "Loss of one batch."
-        return pixel_loss(pixels, frames, mask), {}
+    def judge(self, pixels, frames, mask): return pixel_loss(pixels, frames, mask), {}
 
     def tally(self, pixels, frames, mask):
         "Squared error of each hidden patch, and that of painting the mean training frame."
@@ -206,9 +203,7 @@ class PixelTask(HiddenTask):
         return dict(loss=(pixels.float()-true).square().mean(1), mean_frame=(mean-true).square().mean(1))
 
     @cached_property
-    def mean(self):
-        "The mean of training frames, `(C, H, W)`."
-        return mean_frame(self.train, self.data)
+    def mean(self): return mean_frame(self.train, self.data)                # (C, H, W)
 
 # %% ../nbs/12_pretrain.ipynb #9b7aa80e
 @torch.no_grad()
@@ -220,11 +215,10 @@ def strip(
 ) -> dict:                # name -> `(B, C, H, W)`: frame, visible, tokenizer, predicted
     "The frame, what the model saw of it, what the tokens can say, and what the model says is hidden."
     patch = isqrt(frames[0,0].numel()//mask.shape[1])
-    patches,out = to_patches(frames, patch),model(frames, mask).float()
-    rows = dict(frame=frames, visible=from_patches(patches.masked_fill(mask[...,None], 0.), frames.shape[2:]))
-    if vae is None:
-        painted = patches.masked_scatter(mask[...,None], out)
-        return rows | dict(predicted=from_patches(painted, frames.shape[2:]))
+    patches,join = to_patches(frames, patch),partial(from_patches, size=frames.shape[2:])
+    out = model(frames, mask).float()
+    rows = dict(frame=frames, visible=join(patches.masked_fill(mask[...,None], 0.)))
+    if vae is None: return rows | dict(predicted=join(patches.masked_scatter(mask[...,None], out)))
     tokens = frozen_tokens(vae, frames)
     guess = tokens.masked_scatter(mask, out.argmax(1))
     return rows | dict(tokenizer=vae.decode(tokens), predicted=vae.decode(guess))
@@ -232,7 +226,7 @@ def strip(
 def strip_figure(
     task:HiddenTask,   # frames and masks
     model:nn.Module,   # as trained
-    n:int=8,           # recordings, evenly drawn from the validation split
+    n:int=7,           # recordings, evenly drawn from the validation split
 ):                     # Figure
     "The strip of a few validation recordings, always the same."
     device,training = next(model.parameters()).device,model.training
@@ -240,8 +234,18 @@ def strip_figure(
     mask = task.masks(frames, torch.Generator(device).manual_seed(step_seed(task.seed, 12)))
     rows = strip(model.eval(), task.vae, frames, mask)
     model.train(training)
-    fig = show_reconstructions(rows)
-    for ax,f,m in zip(fig.axes[len(frames):], frames, mask): show_mask(f, m, task.grid, ax)   # grey, not empty
+    hidden = from_patches(mask[...,None].expand(-1, -1, task.patch**2), frames.shape[2:])
+    return draw_strip(rows, hidden[:,0].cpu())
+
+def draw_strip(rows, hidden):
+    "One picture of all rows from `strip`, which is quick to draw; `hidden (B, H, W)` pixels are grey in the second."
+    full = [float(f.max()) or None for f in next(iter(rows.values()))]
+    rgb = np.stack([[frame_to_rgb(f, v) for f,v in zip(fs, full)] for fs in rows.values()])        # (R, B, H, W, 3)
+    rgb[1][hidden] = to_rgb(HIDDEN)
+    rgb = np.pad(rgb, ((0,0),(0,0),(1,1),(1,1),(0,0)), constant_values=.75)
+    fig,ax = plt.subplots(figsize=(1.15*rgb.shape[1]+.8, 1.15*len(rgb)))
+    ax.imshow(rearrange(rgb, 'r b h w c -> (r h) (b w) c'), interpolation='nearest')
+    ax.set(xticks=[], yticks=(np.arange(len(rgb))+.5)*rgb.shape[2], yticklabels=list(rows))
     return fig
 
 # %% ../nbs/12_pretrain.ipynb #a59b1625
@@ -251,11 +255,10 @@ def build_model(
     "The model that pretraining trains; raises where the weights it should start from are missing or do not fit."
     p,e = cfg.pretrain,cfg.encoder
     if p.pretrained and not p.checkpoint:
-        raise ValueError("pretrained = 1 starts from weights of RGB pictures: set pt_checkpoint to a file of timm's "
-                         "vit_base_patch16_224, or set pretrained = 0")
+        raise ValueError("pretrained = 1 needs pt_checkpoint, a file with the weights of timm's vit_base_patch16_224")
     encoder = config_encoder(cfg, p.dropout)
-    heads = max(1, e.emb//48)                                       # the paper's decoder, 512 × 8, in proportion
-    decoder = (32*heads, max(1, 2*e.depth//3), heads)
+    heads = max(3, e.emb//48)
+    decoder = (32*heads, max(2, 2*e.depth//3), heads)               # the paper's, 512 × 8, in proportion
     model = MaskedAutoencoder(encoder, *decoder) if p.mae else MaskedEventModel(encoder, cfg.tokenizer.num_tokens)
     if p.pretrained: load_encoder(encoder, from_vit(p.checkpoint, encoder))
     elif p.checkpoint: load_weights(model, p.checkpoint)
@@ -293,7 +296,6 @@ def pretrain(
     settings = step_settings(cfg, 'data', 'tokenizer', 'encoder', 'pretrain', split_hash=task.train.split_hash)
     media = lambda model: {'strip':strip_figure(task, model)}
     judged = dict(validate=task.validate, media=media, validate_every=max(1, steps//10)) if len(task.val) else {}
-    lr_at = lambda k: cosine_schedule(k, steps, p.lr, p.min_lr, p.warmup_steps)
     return fit(model, task.loss, batches, steps, cfg.folder/'pretrain', pretrain_optimizer(model, p.lr, p.weight_decay),
-               lr_at, cfg.run, settings, grad_clip=p.grad_clip, save_every=num_steps(n, p.save_ckpt_freq, p.batch_size),
-               desc='pretrain', **judged)
+               lambda k: cosine_schedule(k, steps, p.lr, p.min_lr, p.warmup_steps), cfg.run, settings, desc='pretrain',
+               grad_clip=p.grad_clip, save_every=num_steps(n, p.save_ckpt_freq, p.batch_size), **judged)

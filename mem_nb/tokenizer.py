@@ -37,7 +37,8 @@ def conv_encoder(in_chans, num_tokens, width, num_layers, num_resnet_blocks):
 def conv_decoder(in_chans, emb_dim, width, num_layers, num_resnet_blocks):
     "`(B, D, h, w)` -> `(B, C, H, W)`: the encoder backwards."
     start = [nn.Conv2d(emb_dim, width, 1), *[ResBlock(width) for _ in range(num_resnet_blocks)]] if num_resnet_blocks else []
-    up = [nn.Sequential(nn.ConvTranspose2d(width if i or start else emb_dim, width, 4, 2, 1), nn.ReLU()) for i in range(num_layers)]
+    first = width if start else emb_dim
+    up = [nn.Sequential(nn.ConvTranspose2d(width if i else first, width, 4, 2, 1), nn.ReLU()) for i in range(num_layers)]
     return nn.Sequential(*start, *up, nn.Conv2d(width, in_chans, 1))
 
 # %% ../nbs/09_tokenizer.ipynb #2fad86a5
@@ -61,14 +62,17 @@ def gumbel_weights(
 def start_weights(
     vae:nn.Module,  # changed in place
 ):
-    "Kaiming's weights (He et al., arXiv 1502.01852), no biases, and a last layer that begins faint: an unseen frame is empty."
+    "Kaiming's weights (He et al., arXiv 1502.01852), no biases, and a last layer that begins faint: most is empty."
     for m in vae.modules():
-        if isinstance(m, (nn.Conv2d,nn.ConvTranspose2d)): nn.init.kaiming_normal_(m.weight, nonlinearity='relu'); nn.init.zeros_(m.bias)
+        if isinstance(m, (nn.Conv2d,nn.ConvTranspose2d)):
+            nn.init.kaiming_normal_(m.weight, nonlinearity='relu')
+            nn.init.zeros_(m.bias)
     vae.decoder[-1].weight.mul_(.1)
 
 # %% ../nbs/09_tokenizer.ipynb #21a9dfe0
 class EventVAE(nn.Module):
-    "Discrete VAE in the manner of DALL-E (Ramesh et al., arXiv 2102.12092). Axes: B batch, K codes, D width of a code, h w token grid."
+    """Discrete VAE in the manner of DALL-E (Ramesh et al., arXiv 2102.12092).
+    Axes: B batch, K codes, D width of a code, h w token grid."""
     def __init__(
         self,
         in_chans:int=3,           # channels of a frame
@@ -90,7 +94,8 @@ class EventVAE(nn.Module):
     def logits(self, frames):
         "`(B, C, H, W)` -> `(B, K, h, w)`; raises ValueError for frames that are no whole number of patches."
         if any(s % 2**self.num_layers for s in frames.shape[2:]):
-            raise ValueError(f"frames of {tuple(frames.shape[2:])} pixels are not made of patches of {2**self.num_layers}; change input_H, input_W or num_layers")
+            raise ValueError(f"frames of {tuple(frames.shape[2:])} pixels are not made of patches of {2**self.num_layers}; "
+                             "change input_H, input_W or num_layers")
         return self.encoder(frames)
 
     def tokens(self, frames):
@@ -118,7 +123,8 @@ def _square(n):
     return h,h
 
 # %% ../nbs/09_tokenizer.ipynb #15e7d46e
-RECONSTRUCTION = dict(mse=F.mse_loss, smooth_l1=F.smooth_l1_loss, cosine=lambda a,b: 1-F.cosine_similarity(a, b, dim=-1).mean())
+RECONSTRUCTION = dict(mse=F.mse_loss, smooth_l1=F.smooth_l1_loss,
+                      cosine=lambda a,b: 1-F.cosine_similarity(a, b, dim=-1).mean())  # row by row, as in the original
 
 def reconstruction_loss(
     reconstruction:torch.Tensor,  # `(B, C, H, W)`
@@ -126,7 +132,7 @@ def reconstruction_loss(
     kind:str='mse',               # mse, smooth_l1, cosine
 ) -> torch.Tensor:                # scalar, mean over everything
     "How far the reconstruction is from the frame; raises ValueError for an unknown kind."
-    if kind not in RECONSTRUCTION: raise ValueError(f"unknown reconstruction loss {kind!r}; known: {', '.join(RECONSTRUCTION)}")
+    if kind not in RECONSTRUCTION: raise ValueError(f"unknown vae_loss {kind!r}; known: {', '.join(RECONSTRUCTION)}")
     return RECONSTRUCTION[kind](reconstruction.float(), frames)
 
 def kl_to_uniform(
@@ -212,8 +218,8 @@ def guess_shape(state):
     "Arguments of `EventVAE` read off its weights."
     (k,d),(width,chans) = state['codebook.weight'].shape,state['encoder.0.0.weight'].shape[:2]
     count = lambda name: sum(key.startswith('encoder.') and key.endswith(name) for key in state)
-    blocks = count('net.0.weight')
-    return dict(in_chans=chans, num_tokens=k, emb_dim=d, hidden_dim=width, num_layers=count('.0.weight')-blocks, num_resnet_blocks=blocks)
+    blocks,layers = count('net.0.weight'),count('.0.weight')-count('net.0.weight')
+    return dict(in_chans=chans, num_tokens=k, emb_dim=d, hidden_dim=width, num_layers=layers, num_resnet_blocks=blocks)
 
 def load_tokenizer(
     source:Config|str|Path,  # configuration of a run, folder of a tokenizer, or its weights
@@ -222,14 +228,15 @@ def load_tokenizer(
     known = isinstance(source, Config)
     path = tokenizer_path(source) if known else Path(source)
     if path.is_dir(): path = path/'final.safetensors'
-    if not path.is_file(): raise FileNotFoundError(f"no tokenizer at {str(path)!r}; run `mem_nb tokenizer` with this configuration first")
+    if not path.is_file():
+        raise FileNotFoundError(f"no tokenizer at {str(path)!r}; run `mem_nb tokenizer` with this configuration first")
     vae = build_tokenizer(source) if known else EventVAE(**guess_shape(load_file(path)))
     return load_weights(vae, path).eval().requires_grad_(False)
 
 def tokenizer_path(cfg):
     "Where the tokenizer of this run lies: its own folder, or vae_checkpoint where vae_skip is set."
     t = cfg.tokenizer
-    if t.skip and not t.checkpoint: raise ValueError("vae_skip = 1 leaves the tokenizer's training out; set vae_checkpoint to its weights")
+    if t.skip and not t.checkpoint: raise ValueError("vae_skip = 1 trains no tokenizer; set vae_checkpoint to its weights")
     return Path(t.checkpoint) if t.skip else cfg.folder/'tokenizer'
 
 # %% ../nbs/09_tokenizer.ipynb #00c48541
@@ -266,7 +273,7 @@ def tokenizer_metrics(
 def tokenizer(
     cfg:Config,  # configuration
 ) -> dict:       # final metrics
-    "Train the EventVAE of a run, or continue, or read what a finished one reached; writes `tokenizer/` in the run folder."
+    "Train the EventVAE of a run, continue it, or read what it reached; writes `tokenizer/` in the run folder."
     t,d,folder = cfg.tokenizer,cfg.data,prepare(cfg)
     train,val = EventStore(folder),EventStore(folder, 'val')
     steps,epoch = num_steps(len(train), t.epochs, t.batch_size),len(train)/t.batch_size
@@ -274,13 +281,15 @@ def tokenizer(
     vae = build_tokenizer(cfg)
     if t.checkpoint: load_weights(vae, t.checkpoint)
     warmth = lambda step: temperature_at(step, steps, t.temperature_start, t.temperature_end)
-    loss = lambda model,batch,step,generator: tokenizer_loss(
-        model, make_frames(batch, d, generator), warmth(step), generator, t.loss, t.kl_loss_weight, t.usage_weight, t.straight_through)
+    terms = dict(loss=t.loss, kl_weight=t.kl_loss_weight, usage_weight=t.usage_weight, straight_through=t.straight_through)
+    def loss(model, batch, step, generator):
+        return tokenizer_loss(model, make_frames(batch, d, generator), warmth(step), generator, **terms)
+    batches = train_batches(train, None, t.batch_size, cfg.run.seed, d.slice_max_evs, cfg.run.num_workers)
+    settings = step_settings(cfg, 'data', 'tokenizer', split_hash=train.split_hash)
     judged = _judge(cfg, train, val) if len(val) else {}
-    return fit(vae, loss, train_batches(train, None, t.batch_size, cfg.run.seed, d.slice_max_evs, cfg.run.num_workers), steps, cfg.folder/'tokenizer',
-               torch.optim.Adam(vae.parameters(), t.lr), lambda step: t.lr*t.lr_decay**(step/epoch), cfg.run,
-               step_settings(cfg, 'data', 'tokenizer', split_hash=train.split_hash), grad_clip=t.grad_clip,
-               validate_every=max(1, steps//10), save_every=num_steps(len(train), t.save_ckpt_freq, t.batch_size), desc='tokenizer', **judged)
+    return fit(vae, loss, batches, steps, cfg.folder/'tokenizer', torch.optim.Adam(vae.parameters(), t.lr),
+               lambda step: t.lr*t.lr_decay**(step/epoch), cfg.run, settings, grad_clip=t.grad_clip, desc='tokenizer',
+               validate_every=max(1, steps//10), save_every=num_steps(len(train), t.save_ckpt_freq, t.batch_size), **judged)
 
 def _judge(cfg, train, val):
     "What `fit` does after each tenth: metrics and a picture."
@@ -289,5 +298,6 @@ def _judge(cfg, train, val):
     def media(vae):
         batch = next(eval_batches(val, eight, max_events=cfg.data.slice_max_evs))
         frames = make_frames(batch.to(next(vae.parameters()).device), cfg.data)
-        return dict(reconstructions=show_reconstructions({'frame':frames.cpu(), 'decoded':reconstruct(vae, frames).cpu()}))
+        rows = {'frame':frames.cpu(), 'decoded':reconstruct(vae, frames).cpu()}
+        return dict(reconstructions=show_reconstructions(rows))
     return dict(validate=lambda vae: tokenizer_metrics(vae, val, cfg.data, mean(), cfg.tokenizer.loss), media=media)
