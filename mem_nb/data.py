@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'DATASETS', 'VERSION', 'Dataset', 'find_dataset', 'Recording', 'list_recordings', 'split_hash',
-           'pack_split', 'write_store', 'store_path', 'prepare', 'read_manifest', 'EventStore', 'collate',
+           'pack_split', 'write_store', 'store_path', 'prepared', 'prepare', 'read_manifest', 'EventStore', 'collate',
            'StepBatches', 'train_batches', 'eval_batches', 'num_steps', 'make_frames', 'all_frames', 'label_subset']
 
 # %% ../nbs/07_data.ipynb #874de27f
@@ -178,10 +178,10 @@ def _check_store(recordings, sources, refused):
     "A refused file is told; a split or a class that keeps none is an error."
     for r in refused: print(f"refused {r['name']}: {r['reason']}")
     kept = {s['name'] for s in sources}
+    good = [r for r in recordings if f'{r.split}/{r.name}' in kept]
     for what in ('split','label'):
-        for value in sorted({getattr(r, what) for r in recordings}):
-            if not any(f'{r.split}/{r.name}' in kept for r in recordings if getattr(r, what)==value):
-                raise ValueError(f"no readable recording is left in {what} {value!r}" + (f"; the first reason: {refused[0]['reason']}" if refused else ''))
+        lost = sorted({getattr(r, what) for r in recordings} - {getattr(r, what) for r in good})
+        if lost: raise ValueError(f"no readable recording is left in {what} {lost[0]!r}; the first reason: {refused[0]['reason']}")
 
 # %% ../nbs/07_data.ipynb #72d32d07
 def store_path(
@@ -194,7 +194,7 @@ def store_path(
     key = [str(Path(d.data_path).resolve()), d.data_set, d.num_digits, d.split_file, d.val_fraction, d.split_seed, d.sensor_H, d.sensor_W, window]
     return Path(cfg.run.runs_dir)/'stores'/f'{d.data_set}-{hashlib.sha256(repr(key).encode()).hexdigest()[:8]}'
 
-def prepare(
+def prepared(
     cfg:Config,  # data_path, data_set, split, sensor
 ) -> Path:       # folder of the store
     "Pack the recordings of a configuration, unless that is done; raises where folder, files or split do not fit."
@@ -208,7 +208,12 @@ def prepare(
     manifest = read_manifest(folder) if (folder/'manifest.json').exists() else {}
     if manifest.get('seen')!=seen:
         size = (d.sensor_H,d.sensor_W) if d.sensor_H and d.sensor_W else dataset.size
-        manifest = write_store(recordings, folder, size, None if dataset.labelled else d.slice_max_evs, data_set=d.data_set, seen=seen)
+        write_store(recordings, folder, size, None if dataset.labelled else d.slice_max_evs, data_set=d.data_set, seen=seen)
+    return folder
+
+def prepare(cfg:Config) -> Path:
+    "The step: `prepared`, and say what lies where."
+    manifest = read_manifest(folder := prepared(cfg))
     print(f"store {folder}: {manifest['recordings']:,} recordings, {manifest['events']:,} events, {len(manifest['refused'])} refused, split {manifest['split_hash']}")
     return folder
 
@@ -223,12 +228,8 @@ def read_manifest(folder):
 # %% ../nbs/07_data.ipynb #9549240f
 class EventStore:
     "One split of a packed store."
-    def __init__(
-        self,
-        folder:str|Path,      # from `prepare`
-        split:str='train',    # train or val
-    ):
-        "Open a split; raises FileNotFoundError for no store, ValueError for one that was cut."
+    def __init__(self, folder, split='train'):
+        "Open the train or val split of a folder that `prepare` wrote; raises FileNotFoundError for no store, ValueError for one that was cut."
         self.folder,self.split,self.manifest = Path(folder),split,read_manifest(folder)
         self.classes,self.size,self.split_hash = self.manifest['classes'],tuple(self.manifest['size']),self.manifest['split_hash']
         index = np.load(self.folder/f'{split}.npz', allow_pickle=False)
@@ -302,12 +303,8 @@ def eval_batches(
     indices = np.arange(len(store)) if indices is None else np.asarray(indices)
     for i in range(0, len(indices), batch_size): yield collate(store, indices[i:i+batch_size], max_events)
 
-def num_steps(
-    n:int,           # recordings
-    epochs:float,    # passes over them
-    batch_size:int,  # samples a step
-) -> int:
-    "Steps of a run, at least one."
+def num_steps(n:int, epochs:float, batch_size:int) -> int:
+    "Steps that `epochs` passes over `n` recordings take, at least one."
     return max(1, round(n*epochs/batch_size))
 
 # %% ../nbs/07_data.ipynb #b86521b7

@@ -11,7 +11,7 @@ __all__ = ['METHOD_NAMES', 'PANELS', 'CSS', 'majority', 'frame_baselines', 'smal
            'evaluate']
 
 # %% ../nbs/15_evaluate.ipynb #b6ab38a4
-import base64, hashlib, os, platform
+import base64, os, platform
 from importlib.metadata import version
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, torch, torch.nn.functional as F
@@ -19,7 +19,7 @@ from fastcore import xml
 from sklearn import linear_model, metrics, neighbors, pipeline, preprocessing, svm
 from .config import Config, config_text
 from .viz import fig_to_base64, show_codebook, show_confusion, show_curves, show_frame, show_label_curve, style
-from .data import EventStore, all_frames, eval_batches, label_subset, make_frames, prepare
+from .data import EventStore, all_frames, eval_batches, label_subset, make_frames, prepared, split_hash
 from .train import atomic, final_metrics, is_done, pick_device, read_log, write_json
 from .tokenizer import codebook_health, load_tokenizer, reconstruct
 from .encoder import config_encoder, features, load_encoder
@@ -124,7 +124,7 @@ def simple_records(cfg, train, val, encoder=None, most=5000):
     used = np.unique(np.concatenate([own for own,_ in drawn.values()]))
     (x,f),(val_x,val_f) = describe(train, cfg.data, encoder, used, device),describe(val, cfg.data, encoder, None, device)
     for own,facts in drawn.values():
-        at,y,subset = np.searchsorted(used, own),train.labels[own],hashlib.sha256('\n'.join(train.names[own]).encode()).hexdigest()[:12]
+        at,y,subset = np.searchsorted(used, own),train.labels[own],split_hash(train.names[own])
         found = frame_baselines(x[at], y, val_x, val.labels, facts['seed'])
         if f is not None: found |= feature_probes(f[at], y, val_f, val.labels, facts['seed'])
         records += [dict(method=m, **facts, accuracy=a, split_hash=train.split_hash, subset_hash=subset) for m,a in found.items()]
@@ -352,7 +352,7 @@ def report(cfg, summary):
     (first,_,rest),title,path = summary['headline'].partition('. '),f"mem_nb · {summary['run']}",cfg.folder/'report.html'
     lacks = xml.P('Not in this run: ' + ', '.join(summary['left_out']) + '.', cls='note') if summary['left_out'] else ''
     body = xml.Main(xml.P(title, cls='run'), xml.H1(first.rstrip('.')+'.'), xml.P(rest, cls='lead'), tiles(summary),
-                    lacks, *result_sections(cfg, summary, EventStore(prepare(cfg), 'val')), *run_sections(cfg, summary))
+                    lacks, *result_sections(cfg, summary, EventStore(prepared(cfg), 'val')), *run_sections(cfg, summary))
     head = xml.Head(xml.Meta(charset='utf-8'), xml.Meta(name='viewport', content='width=device-width,initial-scale=1'), xml.Title(title), xml.Style(CSS))
     with atomic(path) as tmp: tmp.write_text(xml.to_xml(xml.Html(head, xml.Body(body), lang='en'), indent=False), encoding='utf-8')
     return path
@@ -361,7 +361,7 @@ def evaluate(
     cfg:Config,  # configuration of a run
 ) -> dict:       # the figures, as in `summary.json`
     "Baselines, probes, tables and pictures of whatever this run has trained: writes `summary.json` and `report.html`."
-    folder = prepare(cfg)
+    folder = prepared(cfg)
     summary = summarise(cfg, EventStore(folder), EventStore(folder, 'val'))
     write_json(summary, cfg.folder/'summary.json')
     path = report(cfg, summary)

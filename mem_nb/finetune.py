@@ -7,14 +7,13 @@ __all__ = ['build_classifier', 'classifier_optimizer', 'predict', 'accuracy_metr
            'classification_loss', 'finetune_settings', 'pretrained_path', 'finetune', 'load_classifier']
 
 # %% ../nbs/13_finetune.ipynb #aa966ca2
-import hashlib
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 from torch import nn
 from .config import Config
-from .data import EventStore, eval_batches, label_subset, make_frames, num_steps, prepare, train_batches
+from .data import EventStore, eval_batches, label_subset, make_frames, num_steps, prepared, split_hash, train_batches
 from .encoder import config_encoder, load_encoder
 from .train import cosine_schedule, fit, load_weights, step_settings
 
@@ -92,7 +91,7 @@ def finetune_one(
     if not scratch: load_encoder(model, pretrained_path(cfg))
     loss = lambda model,batch,step,generator: classification_loss(model, make_frames(batch, d, generator), batch.labels, c.label_smoothing)
     validate = lambda model: accuracy_metrics(predict(model, val, d), torch.from_numpy(val.labels))
-    hashes = dict(split_hash=train.split_hash, subset_hash=hashlib.sha256('\n'.join(train.names[chosen]).encode()).hexdigest()[:12])
+    hashes = dict(split_hash=train.split_hash, subset_hash=split_hash(train.names[chosen]))
     folder = cfg.folder/'finetune'/run_name(method, labels, seed)
     metrics = fit(model, loss, train_batches(train, chosen, max(1, c.batch_size//c.update_freq), seed, d.slice_max_evs, cfg.run.num_workers),
                   steps, folder, classifier_optimizer(model, lr, c.weight_decay, layer_decay, c.freeze and not scratch),
@@ -129,7 +128,7 @@ def finetune(
     cfg:Config,  # class_methods, class_labels and class_seeds say what to train
 ) -> list:       # one record a run, see `finetune_one`
     "Finetune every combination of start, label budget and seed; finished ones are read from disk."
-    folder = prepare(cfg)
+    folder = prepared(cfg)
     train,val,c = EventStore(folder),EventStore(folder, 'val'),cfg.finetune
     for s in (train,val):
         if len(s)==0 or s.labels.min()<0: raise ValueError(f"the {s.split} split of {folder} has no labels; finetuning needs a labelled data set")

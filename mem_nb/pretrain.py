@@ -20,7 +20,7 @@ from timm.models.vision_transformer import Block
 from timm.optim import param_groups_weight_decay
 from torch import nn
 from .config import Config, DataConfig
-from .data import EventStore, eval_batches, make_frames, num_steps, prepare, train_batches
+from .data import EventStore, eval_batches, make_frames, num_steps, prepared, train_batches
 from .encoder import (config_encoder, encode_patches, from_patches, from_vit, load_encoder, sincos_positions,
                             to_patches)
 from .masking import make_masks, patch_events
@@ -245,7 +245,7 @@ def draw_strip(rows, hidden):
     rgb = np.pad(rgb, ((0,0),(0,0),(1,1),(1,1),(0,0)), constant_values=.75)
     fig,ax = plt.subplots(figsize=(1.15*rgb.shape[1]+.8, 1.15*len(rgb)))
     ax.imshow(rearrange(rgb, 'r b h w c -> (r h) (b w) c'), interpolation='nearest')
-    ax.set(xticks=[], yticks=(np.arange(len(rgb))+.5)*rgb.shape[2], yticklabels=list(rows))
+    ax.set(xticks=[], yticks=(np.arange(len(rgb))+.5)*rgb.shape[2], yticklabels=list(rows), frame_on=False)
     return fig
 
 # %% ../nbs/12_pretrain.ipynb #a59b1625
@@ -254,8 +254,7 @@ def build_model(
 ) -> nn.Module:
     "The model that pretraining trains; raises where the weights it should start from are missing or do not fit."
     p,e = cfg.pretrain,cfg.encoder
-    if p.pretrained and not p.checkpoint:
-        raise ValueError("pretrained = 1 needs pt_checkpoint, a file with the weights of timm's vit_base_patch16_224")
+    if p.pretrained and not p.checkpoint: raise ValueError("pretrained = 1 needs pt_checkpoint, a file of timm's ViT-B/16")
     encoder = config_encoder(cfg, p.dropout)
     heads = max(3, e.emb//48)
     decoder = (32*heads, max(2, 2*e.depth//3), heads)               # the paper's, 512 × 8, in proportion
@@ -278,7 +277,7 @@ def pretrain_task(
     cfg:Config,   # configuration
 ) -> HiddenTask:
     "What pretraining asks under this configuration; raises FileNotFoundError where the tokenizer was not trained."
-    p,folder = cfg.pretrain,prepare(cfg)
+    p,folder = cfg.pretrain,prepared(cfg)
     shared = dict(train=EventStore(folder), val=EventStore(folder, 'val'), data=cfg.data, grid=cfg.grid, kind=p.masking,
                   num_hidden=p.num_mask_patches, seed=cfg.run.seed, jitter=p.color_jitter, batch_size=p.batch_size)
     return PixelTask(**shared) if p.mae else TokenTask(**shared, vae=load_tokenizer(cfg))

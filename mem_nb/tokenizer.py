@@ -16,7 +16,7 @@ import numpy as np, torch, torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 from .config import Config, DataConfig
-from .data import EventStore, eval_batches, make_frames, num_steps, prepare, train_batches
+from .data import EventStore, eval_batches, make_frames, num_steps, prepared, train_batches
 from .train import fit, load_weights, step_seed, step_settings
 from .viz import show_reconstructions
 
@@ -274,7 +274,7 @@ def tokenizer(
     cfg:Config,  # configuration
 ) -> dict:       # final metrics
     "Train the EventVAE of a run, continue it, or read what it reached; writes `tokenizer/` in the run folder."
-    t,d,folder = cfg.tokenizer,cfg.data,prepare(cfg)
+    t,d,folder = cfg.tokenizer,cfg.data,prepared(cfg)
     train,val = EventStore(folder),EventStore(folder, 'val')
     steps,epoch = num_steps(len(train), t.epochs, t.batch_size),len(train)/t.batch_size
     torch.manual_seed(step_seed(cfg.run.seed, 9))

@@ -1,0 +1,148 @@
+"The encoder computes what the original computes, and says what does not fit."
+from pathlib import Path
+import numpy as np, pytest, torch
+from timm.models.vision_transformer import VisionTransformer
+from mem_nb.config import parse_config
+from mem_nb.encoder import (attention_maps, build_encoder, config_encoder, encode_patches, features, from_patches, from_vit,
+                            load_encoder, near_bias, resize_bias, share_to_block_bias, sincos_positions, to_patches)
+from mem_nb.train import save_weights
+
+GOLDEN = Path(__file__).parents[2]/'shared'/'golden'
+golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason='golden vectors are not here')
+tiny = dict(width=48, depth=3, heads=3)
+TABLE = 'relative_position_bias_table'
+
+def arrays(name): return np.load(GOLDEN/f'{name}.npz')
+def tensors(z, prefix): return {k[len(prefix):]:torch.from_numpy(z[k]) for k in z.files if k.startswith(prefix) and not k.endswith('index')}
+def spread(model, seed=0):
+    "Random weights everywhere, position biases too."
+    g = torch.Generator().manual_seed(seed)
+    for p in model.parameters(): p.data.normal_(std=.2, generator=g)
+    return model.eval()
+
+@golden
+def test_classifier_equals_the_original():
+    z = arrays('ft_vit')
+    model = build_encoder((32,32), 8, **tiny, shared_bias=False, num_classes=10).eval()
+    model.load_state_dict(tensors(z, 'sd/'))
+    x = torch.from_numpy(z['x'])
+    torch.testing.assert_close(model(x), torch.from_numpy(z['logits']), atol=1e-5, rtol=0)
+    torch.testing.assert_close(features(model, x), torch.from_numpy(z['features']), atol=1e-5, rtol=0)
+
+@golden
+def test_class_token_variant_equals_the_original():
+    z = arrays('ft_vit')
+    model = build_encoder((32,32), 8, **tiny, shared_bias=False, num_classes=10, global_pool='token').eval()
+    model.load_state_dict(tensors(z, 'cls/sd/'))
+    torch.testing.assert_close(model(torch.from_numpy(z['x'])), torch.from_numpy(z['cls/logits']), atol=1e-5, rtol=0)
+
+@golden
+@pytest.mark.parametrize('name,size,x', [('ft4x4',32,'x'), ('ft6x6',48,'x6')])
+def test_pretrained_weights_reach_the_classifier_as_in_the_original(name, size, x):
+    "Shared bias copied to every block, and stretched for a larger frame."
+    from argparse import Namespace
+    z = arrays('finetune_convert')
+    with torch.serialization.safe_globals([Namespace]):
+        state = torch.load(GOLDEN/'ckpt'/'pt_tiny.pth', weights_only=True)['model']
+    state = {f'encoder.{k}':v for k,v in state.items() if k not in ('mask_token','lm_head.weight','lm_head.bias')}
+    model = build_encoder((size,size), 8, **tiny, shared_bias=False, num_classes=10).eval()
+    head = {'head.weight':'ft_head_w', 'head.bias':'ft_head_b', 'fc_norm.weight':'ft_fc_norm_w'}
+    model.load_state_dict({k:torch.from_numpy(z[v]) for k,v in head.items()}, strict=False)
+    load_encoder(model, state, grid=(4,4))
+    torch.testing.assert_close(model(torch.from_numpy(z[x])), torch.from_numpy(z[f'{name}/logits']), atol=1e-5, rtol=0)
+
+@golden
+@pytest.mark.parametrize('a,b', [(14,16), (14,32), (16,14)])
+def test_stretched_bias_equals_the_original(a, b):
+    z = arrays('finetune_convert')
+    out = resize_bias(torch.from_numpy(z[f'table_{a}to{b}/in']), (a,a), (b,b))
+    torch.testing.assert_close(out, torch.from_numpy(z[f'table_{a}to{b}/out']), atol=1e-5, rtol=0)
+
+@golden
+def test_sincos_positions_equal_the_original():
+    out = sincos_positions(768, (14,14))[::13, ::37]
+    torch.testing.assert_close(out, torch.from_numpy(arrays('mae')['pos_embed_14_768_sub']).float(), atol=1e-6, rtol=0)
+
+def test_patches_come_back():
+    frames = torch.rand(2, 5, 12, 20)
+    assert to_patches(frames, 4).shape == (2, 15, 80)
+    assert torch.equal(from_patches(to_patches(frames, 4), (12,20)), frames)
+
+def test_resized_bias_keeps_class_rows_and_goes_along_either_side():
+    table = torch.randn(15*11+3, 2)
+    out = resize_bias(table, (8,6), (8,9))
+    assert out.shape == (15*17+3, 2) and torch.equal(out[-3:], table[-3:])
+    assert resize_bias(table, (8,6), (8,6)) is table
+
+def test_leaving_patches_out_keeps_each_its_position():
+    "Bias rows and columns follow the patches, absolute positions too."
+    model = spread(build_encoder((32,48), 8, **tiny, abs_pos=True))
+    frames = torch.rand(3, 3, 32, 48)
+    patches,whole = model.patch_embed(frames),model.forward_features(frames)
+    order = torch.stack([torch.randperm(24) for _ in frames])
+    out = encode_patches(model, patches.gather(1, order[...,None].expand(-1,-1,48)), order)
+    torch.testing.assert_close(out[:,1:], whole[:,1:].gather(1, order[...,None].expand(-1,-1,48)), atol=1e-5, rtol=1e-5)
+    few = encode_patches(model, patches[:,:5], torch.arange(5).expand(3,5))
+    small = encode_patches(model, patches[:1,:5], torch.arange(5)[None])
+    torch.testing.assert_close(few[:1], small, atol=1e-5, rtol=1e-5)   # the others in the batch do not matter
+
+def test_shared_and_copied_bias_compute_the_same():
+    shared = spread(build_encoder((32,32), 8, **tiny))
+    blocks = build_encoder((32,32), 8, **tiny, shared_bias=False).eval()
+    blocks.load_state_dict(share_to_block_bias(shared.state_dict(), 3))
+    x = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(features(blocks, x), features(shared, x), atol=1e-5, rtol=1e-5)
+
+def test_attention_rows_sum_to_one_with_either_bias():
+    for shared in (True, False):
+        maps = attention_maps(spread(build_encoder((32,32), 8, **tiny, shared_bias=shared)), torch.rand(2,3,32,32), block=1)
+        assert maps.shape == (2, 3, 17, 17)
+        torch.testing.assert_close(maps.sum(-1), torch.ones(2,3,17))
+
+def test_near_start_gives_each_head_a_place_and_default_is_zero():
+    table = near_bias((6,8), 5)
+    assert table.shape == (11*15+3, 5) and len(table[:-3].argmax(0).unique()) == 5 and not table[-3:].any()
+    assert not build_encoder((32,32), 8, **tiny).rel_pos_bias.relative_position_bias_table.any()
+    model = build_encoder((32,32), 8, **tiny, shared_bias=False, position_start='near')
+    for b in model.blocks: assert torch.equal(b.attn.relative_position_bias_table.data, near_bias((4,4), 3))
+    with pytest.raises(ValueError, match='known: zero, near'): build_encoder((32,32), 8, **tiny, position_start='x')
+
+def test_vit_weights_compute_the_same_here():
+    vit = spread(VisionTransformer(32, 8, embed_dim=48, depth=3, num_heads=3, num_classes=7))
+    model = build_encoder((32,32), 8, **tiny, abs_pos=True).eval()
+    load_encoder(model, from_vit(vit.state_dict(), model))
+    x = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(model.forward_features(x), vit.forward_features(x), atol=1e-4, rtol=1e-4)
+
+def test_vit_weights_adapt_to_channels_and_frame_size():
+    vit = spread(VisionTransformer(32, 8, embed_dim=48, depth=3, num_heads=3, num_classes=7))
+    model = build_encoder((32,64), 8, 5, **tiny, abs_pos=True)
+    load_encoder(model, from_vit(vit.state_dict(), model))
+    assert model(torch.rand(1,5,32,64)).shape == (1,48)
+
+def test_what_does_not_fit_is_named(tmp_path):
+    model = build_encoder((32,32), 8, **tiny)
+    file = tmp_path/'final.safetensors'
+    save_weights(torch.nn.ModuleDict({'encoder':model}), file)
+    kw = dict(tiny, shared_bias=False, num_classes=4)
+    assert load_encoder(build_encoder((32,32), 8, **kw), file)(torch.rand(1,3,32,32)).shape == (1,4)
+    for change,told in ((dict(kw, depth=4), 'missing: blocks.3'), (dict(kw, depth=2), 'extra: blocks.2'),
+                        (dict(kw, width=96), r'\(48,\), the model has \(96,\)')):
+        with pytest.raises(ValueError, match=told): load_encoder(build_encoder((32,32), 8, **change), file)
+    with pytest.raises(ValueError, match='pass their grid'): load_encoder(build_encoder((48,48), 8, **kw), file)
+    with pytest.raises(FileNotFoundError, match='mem_nb pretrain'): load_encoder(model, tmp_path/'none.safetensors')
+    (tmp_path/'bad.safetensors').write_bytes(b'nothing')
+    with pytest.raises(ValueError, match='bad.safetensors'): load_encoder(model, tmp_path/'bad.safetensors')
+
+def test_head_stays_as_it_is():
+    model = spread(build_encoder((32,32), 8, **tiny, shared_bias=False, num_classes=4))
+    head = model.head.weight.clone()
+    load_encoder(model, spread(build_encoder((32,32), 8, **tiny), seed=1).state_dict())
+    assert torch.equal(model.head.weight, head)
+
+def test_encoder_of_a_configuration():
+    "Defaults are the paper's ViT-B/16; depth and drop path follow the configuration."
+    with torch.device('meta'): model = config_encoder(parse_config(''), .1)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(86e6, rel=.01)
+    assert model.pos_embed is None and model.patch_embed.grid_size == (14,14) and len(model.blocks) == 12
+    assert model.blocks[-1].drop_path1.drop_prob == pytest.approx(.1)
