@@ -38,8 +38,8 @@ def write(
     path:str|Path,  # JSON file
     records:list,   # from `record`
 ):
-    "Write the records with the machine they were measured on, atomically."
-    write_json(dict(machine=machine(), records=records), path)
+    "Write the list of records, atomically; the machine belongs beside the table in RESULTS.md."
+    write_json(records, path)
 
 def table(
     records:list,  # from `record`

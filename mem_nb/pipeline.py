@@ -44,16 +44,16 @@ def run(
     print(f'all steps: {time.time()-began:.0f} s; results: {cfg.folder}')
     return result
 
-# %% ../nbs/18_pipeline.ipynb #291183fc
+# %% ../nbs/18_pipeline.ipynb #483da693
 def find_conf(
     conf:str,  # as given
 ) -> Path:
     "A configuration file, from here or from the project's own; raises FileNotFoundError."
-    for p in (Path(conf), Path(__file__).parents[1]/conf if '__file__' in globals() else Path('..')/conf):
+    for p in (Path(conf), Path(import_module('mem_nb').__file__).parents[1]/conf):
         if p.is_file(): return p
     raise FileNotFoundError(f"no configuration file {conf!r}; the project's own lie in configs/")
 
-# %% ../nbs/18_pipeline.ipynb #e0dcfe9a
+# %% ../nbs/18_pipeline.ipynb #5ccb341d
 def command(
     step:str,        # a step, run, demo or config
     conf:str='',     # `.conf` file
@@ -69,7 +69,7 @@ def command(
     elif step in ('run','demo'): return run(cfg)
     else: return run_step(cfg, step)
 
-# %% ../nbs/18_pipeline.ipynb #67a09ca9
+# %% ../nbs/18_pipeline.ipynb #758439fb
 TEACH = """Masked event modelling: from event recordings to accuracy.
 
 steps:

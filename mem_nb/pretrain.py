@@ -254,7 +254,7 @@ def build_model(
 ) -> nn.Module:
     "The model that pretraining trains; raises where the weights it should start from are missing or do not fit."
     p,e = cfg.pretrain,cfg.encoder
-    if p.pretrained and not p.checkpoint: raise ValueError("pretrained = 1 needs pt_checkpoint, a file of timm's ViT-B/16")
+    if p.pretrained and not p.checkpoint: raise ValueError("pretrained = 1 needs pt_checkpoint: weights of timm's ViT")
     encoder = config_encoder(cfg, p.dropout)
     heads = max(3, e.emb//48)
     decoder = (32*heads, max(2, 2*e.depth//3), heads)               # the paper's, 512 × 8, in proportion

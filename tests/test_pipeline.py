@@ -79,7 +79,7 @@ def test_mistakes_at_the_command_line_are_one_sentence(tmp_path):
         assert done.returncode==1 and said in done.stderr and 'Traceback' not in done.stderr
 
 def test_pretrain_without_its_tokenizer_says_so(tmp_path):
-    (tmp_path/'x.conf').write_text(TINY + f'\nruns_dir = {tmp_path}\ndata_path = {tmp_path}/digits\nnum_digits = 40')
+    (tmp_path/'x.conf').write_text(TINY + f'\nruns_dir = {tmp_path}\ndata_path = {tmp_path}/digits')
     with pytest.raises((FileNotFoundError, ValueError), match='tokenizer'): command('pretrain', str(tmp_path/'x.conf'))
 
 def test_help_teaches_and_needs_no_heavy_import():

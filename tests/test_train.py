@@ -104,3 +104,14 @@ def test_half_precision_on_cpu_trains(tmp_path):
     model = nn.Linear(4,1)
     m = Trainer(model, loss_fn, batches, 60, tmp_path, torch.optim.AdamW(model.parameters(), weight_decay=0), lambda k: 5e-2, RunConfig(device='cpu', precision='bf16')).fit()
     assert m['loss'] < read_log(tmp_path)[0]['loss']
+
+def test_wandb_logs_offline_without_a_login_and_continues_its_run(tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt
+    monkeypatch.setenv('WANDB_MODE', 'offline'); monkeypatch.setenv('WANDB_SILENT', 'true')
+    torch.manual_seed(0)
+    model = nn.Linear(4,1)
+    def draw(model): fig,ax = plt.subplots(figsize=(1,1)); ax.plot([1,2]); return {'strip':fig}
+    fit(model, loss_fn, batches, 12, tmp_path/'pretrain', torch.optim.AdamW(model.parameters()), lambda k: 1e-3,
+        RunConfig(device='cpu', log_every=4, wandb=True), validate=lambda m: {'x':1.}, validate_every=6, media=draw)
+    assert list((tmp_path/'pretrain').rglob('*.wandb')) and (tmp_path/'pretrain'/'media'/'strip.png').exists()
+    assert read_log(tmp_path/'pretrain')[-1]['val_x']==1.
