@@ -114,7 +114,9 @@ class EncoderConfig:
     heads:int = 12             # attention heads; must divide emb
     mlp_ratio:float = 4.       # width of the MLP over the width
     init_values:float = 0.1    # layer scale at the start
+    position_start:str = 'zero'  # position bias at the start: zero (BEiT) or near (each head looks at a neighbour)
 
+    choices = dict(position_start=('zero','near'))
     positive = ('emb','depth','heads','mlp_ratio')
 
 # %% ../nbs/00_config.ipynb #09522044
@@ -317,7 +319,7 @@ def parse_config(
         if key in parser['conf'] and float(parser['conf'][key])!=1: warnings.warn(f"{where}: {key} is read by nothing, here and in the original: the schedule is a cosine")
     return check_config(cfg, where)
 
-# %% ../nbs/00_config.ipynb #de1f6605
+# %% ../nbs/00_config.ipynb #e65f8796
 def _show(value):
     "A value as it stands in a file."
     if isinstance(value, bool): return str(int(value))
@@ -332,8 +334,7 @@ def config_text(
     for key,(section,f) in conf_keys().items():
         if sections and section not in sections: continue
         if section!=last: lines.append(f'\n# {section}')
-        lines.append(f'{key} = {_show(getattr(getattr(cfg, section), f.name))}')
-        last = section
+        lines,last = [*lines, f'{key} = {_show(getattr(getattr(cfg, section), f.name))}'],section
     return '\n'.join(lines).lstrip('\n') + '\n'
 
 def save_config(

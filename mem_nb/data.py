@@ -141,11 +141,11 @@ def pack_split(
             labels += [classes.index(r.label) if r.label else -1]*len(pieces); names += [r.name]*len(pieces)
             sources.append(dict(name=f'{split}/{r.name}', events=len(events), duration_us=int(events['t'][-1]), extent=sensor_extent(events),
                                 sha256=hashlib.sha256(r.path.read_bytes()).hexdigest()))
-            bar.set_postfix(events=f'{offsets[-1]:,}')
+            bar.set_postfix(events=f'{offsets[-1]:,}', refresh=False)
     np.savez(folder/f'{split}.npz', offsets=np.array(offsets), labels=np.array(labels, np.int64), names=np.array(names, dtype=str))
     return sources,refused
 
-# %% ../nbs/07_data.ipynb #f77cffd8
+# %% ../nbs/07_data.ipynb #a641031c
 def write_store(
     recordings:list,         # from `list_recordings`
     folder:str|Path,         # the store
@@ -175,7 +175,7 @@ def write_store(
     return manifest
 
 def _check_store(recordings, sources, refused):
-    "A refused file is told; a split or a class that keeps none is an error."
+    "A refused file is reported; a split or a class that keeps none is an error."
     for r in refused: print(f"refused {r['name']}: {r['reason']}")
     kept = {s['name'] for s in sources}
     good = [r for r in recordings if f'{r.split}/{r.name}' in kept]

@@ -75,7 +75,7 @@ def config_encoder(
     d,e = cfg.data,cfg.encoder
     return build_encoder(d.input_size, cfg.patch, d.in_chans, e.emb, e.depth, e.heads, e.mlp_ratio, drop_path,
                          e.init_values, shared_bias, num_classes, abs_pos=cfg.pretrain.pretrained,
-                         position_start=getattr(e, 'position_start', 'zero'))
+                         position_start=e.position_start)
 
 # %% ../nbs/11_encoder.ipynb #cbef7939
 @torch.no_grad()

@@ -54,7 +54,7 @@ def check_events(
     if back.any():
         i = int(back.argmax())+1
         raise ValueError(f"{name}: times run backwards at event {i}, {t[i]} µs after {t[i-1]} µs; "
-                         "did a clock overflow? else sort by np.argsort(t, kind='stable') and save again")
+                         "did a clock overflow, or was a byte lost? fetch the file again; sort by t only where you know that nothing but the order is wrong")
     return events
 
 # %% ../nbs/01_events.ipynb #21bfcd6c

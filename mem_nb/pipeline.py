@@ -9,7 +9,7 @@ __all__ = ['STEPS', 'TEACH', 'EXAMPLES', 'steps_of', 'run_step', 'run', 'find_co
 import argparse, os, sys, time
 from importlib import import_module
 from pathlib import Path
-from .config import Config, config_text, load_config, save_config
+from .config import Config, config_text, load_config, parse_config, save_config
 
 # %% ../nbs/18_pipeline.ipynb #7ae083f1
 STEPS = dict(prepare='mem_nb.data', tokenizer='mem_nb.tokenizer', pretrain='mem_nb.pretrain', finetune='mem_nb.finetune', evaluate='mem_nb.evaluate')
@@ -60,11 +60,11 @@ def command(
     overrides=(),    # 'key=value' strings
 ):
     "What `mem_nb STEP CONF [key=value …]` does; raises as the steps do."
-    if step=='demo' and '=' in conf: conf,overrides = '',[conf,*overrides]
+    if step in ('demo','config') and '=' in conf: conf,overrides = '',[conf,*overrides]
     if step=='demo': conf = conf or 'configs/demo.conf'
     if step not in (*STEPS,'run','demo','config'): raise KeyError(f"unknown step {step!r}; known: {', '.join(STEPS)}, run, demo, config")
     if not conf and step!='config': raise ValueError(f"`mem_nb {step}` wants a configuration file, such as configs/demo.conf")
-    cfg = load_config(find_conf(conf), overrides) if conf else Config()
+    cfg = load_config(find_conf(conf), overrides) if conf else parse_config('', overrides)
     if step=='config': print(config_text(cfg))
     elif step in ('run','demo'): return run(cfg)
     else: return run_step(cfg, step)
@@ -87,7 +87,7 @@ Each step continues where it was interrupted, and a finished one answers at once
 EXAMPLES = """examples:
   mem_nb demo
   mem_nb run configs/nmnist.conf data_path=data/nmnist
-  mem_nb pretrain configs/ncaltech.conf pt_lr=1e-3 expname=higher_lr
+  mem_nb pretrain configs/nmnist.conf pt_lr=1e-3 expname=higher_lr
 """
 
 def main(
@@ -98,7 +98,7 @@ def main(
     parser.add_argument('step', help='one of the above')
     parser.add_argument('conf', nargs='?', default='', help='configuration file; demo has its own')
     parser.add_argument('overrides', nargs='*', metavar='key=value', help='settings, spelled as in the file')
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv or sys.argv[1:] or ['--help'])
     try: command(args.step, args.conf, args.overrides)
     except KeyboardInterrupt: sys.exit('interrupted; run the same command again to continue')
     except (KeyError, ValueError, OSError, FloatingPointError) as e:

@@ -288,7 +288,7 @@ def pretrain(
     "Masked modelling on the training recordings, without labels; writes `pretrain/` in the run folder."
     p,task = cfg.pretrain,pretrain_task(cfg)
     steps = num_steps(n:=len(task.train), p.epochs, p.batch_size)
-    if (longest:=steps//5)<p.warmup_steps: print(f"pretrain: warm-up cut to {longest}, a fifth of the {steps} steps")
+    if p.warmup_steps>=steps: print(f"pretrain: pt_warmup_steps = {p.warmup_steps} is more than the run; {steps//5} of its {steps} steps warm up")
     torch.manual_seed(step_seed(cfg.run.seed, 12))
     model = build_model(cfg)
     batches = train_batches(task.train, None, p.batch_size, cfg.run.seed, cfg.data.slice_max_evs, cfg.run.num_workers)

@@ -275,7 +275,7 @@ def show_label_curve(
     at = sorted({r['n'] for r in table})
     for c,method in zip(LINES*9, dict.fromkeys(r['method'] for r in table)):
         groups = {n: [100*r['accuracy'] for r in table if r['method']==method and r['n']==n] for n in at}
-        x,mean,std = np.array([(n, np.mean(a), np.std(a)) for n,a in groups.items() if a]).T
+        x,mean,std = np.array([(n, np.mean(a), np.std(a, ddof=1) if len(a)>1 else 0.) for n,a in groups.items() if a]).T
         ax.plot(x, mean, 'o-', color=c, label=method, markersize=4)
         ax.fill_between(x, mean-std, mean+std, color=c, alpha=.15, linewidth=0)
     ax.set_xscale('log'); ax.set_xticks(at, [f'{n:,}' for n in at]); ax.minorticks_off()
