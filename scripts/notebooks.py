@@ -31,6 +31,9 @@ def run(
     client = Client(nb, timeout=900, kernel_name='python3', resources={'metadata':{'path':str(path.parent)}})
     client.left_out = left_out
     client.execute()
+    for cell in nb.cells:  # a progress bar is a widget, which without a kernel is a line of noise
+        if 'outputs' in cell: cell.outputs = [o for o in cell.outputs if 'application/vnd.jupyter.widget-view+json' not in o.get('data', {})]
+    nb.metadata.pop('widgets', None)
     nbformat.write(nb, path)
     nbdev_clean(str(path))
     print(f'{path.name}: {time.time()-start:.0f} s', flush=True)
