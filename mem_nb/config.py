@@ -239,7 +239,7 @@ def _parse(text, kind):
     "Read `text` as bool, int, float, str or tuple; raises ValueError where it is something else."
     if kind is tuple: return tuple(_number(word) for word in text.replace(',',' ').split())
     value = _BOOLS.get(text.lower(), text) if kind is bool else _number(text) if kind is int else kind(text)
-    if isinstance(value, float) and kind is int and value==int(value): value = int(value)   # 1e4
+    if isinstance(value, float) and kind is int and value.is_integer(): value = int(value)   # 1e4
     if not isinstance(value, kind): raise ValueError(text)
     return value
 
@@ -275,10 +275,13 @@ def check_config(
 def _check_combinations(cfg, where):
     "Sizes must fit each other."
     (h,w),(H,W),n,e = cfg.grid,cfg.data.input_size,cfg.pretrain.num_mask_patches,cfg.encoder
-    known = lambda b: b=='all' or isinstance(b,(int,float)) and (0<b<1 or b==int(b)>0)
+    known = lambda b: b=='all' or isinstance(b, int) and b>0 or isinstance(b, float) and 0<b<1
+    whole = lambda *xs: all(isinstance(x, int) and x>=0 for x in xs)
     for ok,said in (
         (H%cfg.patch==0==W%cfg.patch, f"input_H = {H} and input_W = {W} should be multiples of the patch, 2**num_layers = {cfg.patch} pixels"),
         (0<n<h*w, f"num_mask_patches = {n} should lie in 1…{h*w-1}, since the grid has {h}×{w} = {h*w} patches"),
+        (whole(cfg.run.seed, cfg.data.split_seed, *cfg.finetune.seeds), "seed, split_seed and class_seeds should be whole numbers, 0 or above"),
+        (cfg.data.num_digits<=5000, f"num_digits = {cfg.data.num_digits}, but there are 5000 pictures to simulate from"),
         (e.emb%e.heads==0, f"transformer_emb = {e.emb} should be a multiple of transformer_heads = {e.heads}"),
         *((m in METHODS, f"class_methods has {m!r}; known: {', '.join(METHODS)}") for m in cfg.finetune.methods),
         *((known(b), f"class_labels has {b!r}; give counts (100), fractions between 0 and 1 (0.05), or all") for b in cfg.finetune.labels)):
@@ -309,6 +312,7 @@ def parse_config(
     parser.optionxform = str  # keys keep their case: input_H
     try: parser.read_string('[conf]\n' + text, source=where)
     except configparser.Error as e: raise ValueError(f"{where}: {e}; a line is `key = value`, each key once") from None
+    if len(parser.sections())>1: raise ValueError(f"{where}: [{parser.sections()[1]}] is not wanted; write `key = value` lines without sections")
     cfg,keys = Config(),conf_keys()
     for key,value in parser['conf'].items(): _set(cfg, key, value, where, keys)
     for item in overrides:
@@ -337,21 +341,15 @@ def config_text(
         lines,last = [*lines, f'{key} = {_show(getattr(getattr(cfg, section), f.name))}'],section
     return '\n'.join(lines).lstrip('\n') + '\n'
 
-def save_config(
-    cfg:Config,      # configuration
-    path:str|Path,   # file to write
-):
+def save_config(cfg:Config, path:str|Path):
     "Write every key to `path`, atomically."
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(f'{path}.tmp')
-    temporary.write_text(config_text(cfg))
-    temporary.replace(path)
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    try: temporary.write_text(config_text(cfg)); temporary.replace(path)
+    finally: temporary.unlink(missing_ok=True)
 
 # %% ../nbs/00_config.ipynb #91200c39
-def config_diff(
-    a:Config,   # one configuration
-    b:Config,   # another
-) -> dict:      # conf key -> (value in a, value in b)
-    "The keys in which two configurations differ."
+def config_diff(a:Config, b:Config) -> dict:
+    "The keys in which two configurations differ: conf key -> (value in a, value in b)."
     get = lambda cfg,section,f: getattr(getattr(cfg, section), f.name)
     return {key:(get(a,*where), get(b,*where)) for key,where in conf_keys().items() if get(a,*where)!=get(b,*where)}

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SUFFIXES', 'DATASETS', 'VERSION', 'Dataset', 'find_dataset', 'Recording', 'list_recordings', 'split_hash',
            'pack_split', 'write_store', 'store_path', 'prepared', 'prepare', 'read_manifest', 'EventStore', 'collate',
-           'StepBatches', 'train_batches', 'eval_batches', 'num_steps', 'make_frames', 'all_frames', 'label_subset']
+           'StepBatches', 'train_batches', 'eval_batches', 'num_steps', 'make_frames', 'all_frames']
 
-# %% ../nbs/07_data.ipynb #874de27f
+# %% ../nbs/07_data.ipynb #59fc5bdb
 import errno, hashlib, json, os, shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np, torch
 from tqdm.auto import tqdm
 from .config import Config, DataConfig
 from .events import check_events, pack_events, sensor_extent, unpack_events, windows_by_count
-from .formats import EventFileError, read_events
+from .formats import read_events
 from .frames import EventBatch, to_frames
 from .simulate import simulate_digits
 from .augment import affine_frames, augment_events, color_jitter, rand_augment
@@ -47,7 +47,7 @@ def find_dataset(name:str) -> Dataset:
     if name not in DATASETS: raise KeyError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}. Add yours to mem_nb.data.DATASETS")
     return DATASETS[name]
 
-# %% ../nbs/07_data.ipynb #28ff1b7e
+# %% ../nbs/07_data.ipynb #f64bfbea
 @dataclass(frozen=True)
 class Recording:
     "One file of a data set."
@@ -64,6 +64,8 @@ def _class_files(folder, suffixes):
     for c in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith('.')):
         found[c.name] = sorted(p for p in c.iterdir() if p.suffix.lower() in suffixes)
         if not found[c.name]: raise ValueError(f"class folder {c} holds no {' or '.join(suffixes)} file; remove it or fill it")
+        twice = [p.stem for p,q in zip(found[c.name], found[c.name][1:]) if p.stem==q.stem]
+        if twice: raise ValueError(f"class folder {c} holds {twice[0]} in two formats; keep one of them")
     if not found: raise ValueError(f"{folder} holds no class folders; a labelled data set is one folder a class. For unlabelled files use data_set = recordings")
     return found
 
@@ -88,13 +90,14 @@ def list_recordings(
         return [Recording(p,c,s) for s,folder in (('train',train),('val',val)) for c,ps in _class_files(folder, dataset.suffixes).items() for p in ps]
     return _drawn_split(_class_files(train if train.is_dir() else root, dataset.suffixes), val_fraction, seed)
 
-# %% ../nbs/07_data.ipynb #a85e53a0
+# %% ../nbs/07_data.ipynb #b4e50d6d
 def _drawn_split(files, val_fraction, seed):
     "Draw `val_fraction` of each class for validation."
     out = []
     for label,paths in files.items():
         rng = np.random.default_rng([seed, *label.encode()])
-        val = set(rng.permutation(len(paths))[:round(val_fraction*len(paths))].tolist())
+        num = max(1, round(val_fraction*len(paths))) if val_fraction and len(paths)>1 else 0
+        val = set(rng.permutation(len(paths))[:num].tolist())
         out += [Recording(p, label, 'val' if i in val else 'train') for i,p in enumerate(paths)]
     return sorted(out, key=lambda r: (r.split, r.name))
 
@@ -102,11 +105,14 @@ def _listed_split(files, split_file):
     "Take the split from a list; names are compared without their ending, as `.bin` and `.npy` of one recording are the same."
     if not split_file.is_file(): raise FileNotFoundError(f"no split list {str(split_file)!r}; set split_file to a file of lines train/<class>/<file>")
     have = {f'{label}/{p.stem}':Recording(p, label, '') for label,paths in files.items() for p in paths}
-    out,absent = [],[]
-    for i,line in enumerate(split_file.read_text().split(), 1):
-        split,_,name = line.partition('/')
+    out,absent,listed = [],[],{}
+    for i,line in enumerate(split_file.read_text().splitlines(), 1):
+        split,_,name = line.strip().partition('/')
+        if not split: continue
         if split not in ('train','val') or name.count('/')!=1: raise ValueError(f"{split_file}, line {i}: {line!r} should be train/<class>/<file> or val/<class>/<file>")
         key = name.rsplit('.',1)[0]
+        if key in listed: raise ValueError(f"{split_file}, line {i}: {key} stands in line {listed[key]} already")
+        listed[key] = i
         if key in have: out.append(Recording(have[key].path, have[key].label, split))
         else: absent.append(key)
     if absent: raise ValueError(f"{split_file} lists {len(absent)} recordings that are not there, such as {', '.join(absent[:3])}; is the data set complete?")
@@ -116,8 +122,8 @@ def split_hash(names) -> str:
     "A fingerprint of a split, 12 hexadecimal digits from its `train/<class>/<file>` names."
     return hashlib.sha256('\n'.join(sorted(names)).encode()).hexdigest()[:12]
 
-# %% ../nbs/07_data.ipynb #aa3e8a79
-VERSION = 1  # of the store's layout
+# %% ../nbs/07_data.ipynb #6c8afe86
+VERSION = 2  # of the store's layout
 
 def pack_split(
     recordings:list,   # Recordings of one split
@@ -131,10 +137,12 @@ def pack_split(
     offsets,labels,names,sources,refused = [0],[],[],[],[]
     with open(folder/f'{split}.events', 'wb') as out, tqdm(recordings, desc=f'prepare {split}', unit='file', mininterval=1) as bar:
         for r in bar:
-            try: events = check_events(read_events(r.path), size, str(r.path))
-            except (EventFileError, ValueError) as e: refused.append(dict(name=f'{split}/{r.name}', reason=str(e))); continue
-            events['t'] -= events['t'][0]
-            pack_events(events).tofile(out)
+            try:
+                events = check_events(read_events(r.path), size, str(r.path))
+                events['t'] -= events['t'][0]
+                packed = pack_events(events)
+            except ValueError as e: refused.append(dict(name=f'{split}/{r.name}', reason=e.args[0] if str(r.path) in e.args[0] else f'{r.path}: {e}')); continue
+            out.write(packed.tobytes())   # unlike tofile, says so when the disk is full
             pieces = windows_by_count(events, window) if window else [(0,len(events))]
             start = offsets[-1]
             offsets += [start+stop for _,stop in pieces]
@@ -156,6 +164,7 @@ def write_store(
     "Pack recordings into a store; raises ValueError where a split or a class keeps no readable recording."
     folder = Path(folder)
     aside = folder.with_name(f'{folder.name}.{os.getpid()}.tmp')
+    shutil.rmtree(aside, ignore_errors=True)   # of an earlier process with this number
     aside.mkdir(parents=True)
     classes = sorted({r.label for r in recordings} - {''})
     try:
@@ -164,6 +173,7 @@ def write_store(
         _check_store(recordings, sources, refused)
         extents = np.array([s['extent'] for s in sources])
         manifest = dict(version=VERSION, classes=classes, size=list(size or extents.max(0).tolist()), split_hash=split_hash(s['name'] for s in sources),
+                        data_hash=split_hash(f"{s['name']} {s['sha256']}" for s in sources),
                         events=sum(s['events'] for s in sources), recordings=len(sources), **facts, refused=refused, sources=sources)
         (aside/'manifest.json').write_text(json.dumps(manifest, indent=1))
         shutil.rmtree(folder, ignore_errors=True)
@@ -179,11 +189,14 @@ def _check_store(recordings, sources, refused):
     for r in refused: print(f"refused {r['name']}: {r['reason']}")
     kept = {s['name'] for s in sources}
     good = [r for r in recordings if f'{r.split}/{r.name}' in kept]
-    for what in ('split','label'):
-        lost = sorted({getattr(r, what) for r in recordings} - {getattr(r, what) for r in good})
-        if lost: raise ValueError(f"no readable recording is left in {what} {lost[0]!r}; the first reason: {refused[0]['reason']}")
+    lost = sorted({(r.split,r.label) for r in recordings} - {(r.split,r.label) for r in good})
+    for split,label in lost:
+        reason = next(r['reason'] for r in refused if r['name'].startswith(f'{split}/{label}'))
+        raise ValueError(f"no readable recording is left of class {label!r} in {split}; the first reason: {reason}")
+    untrained = {r.label for r in good if r.split=='val'} - {r.label for r in good if r.split=='train'}
+    if untrained: raise ValueError(f"class {sorted(untrained)[0]!r} is in val but not in train; is its folder spelled alike in both?")
 
-# %% ../nbs/07_data.ipynb #72d32d07
+# %% ../nbs/07_data.ipynb #240bc0a0
 def store_path(
     cfg:Config,  # configuration
 ) -> Path:       # folder of the packed store
@@ -204,11 +217,12 @@ def prepared(
         root /= f'{d.num_digits}_seed{d.split_seed}'
         simulate_digits(root, d.num_digits, d.split_seed, (d.sensor_H or 34, d.sensor_W or 34))
     recordings = list_recordings(root, dataset, d.split_file, d.val_fraction, d.split_seed)
-    seen = split_hash(f'{r.split}/{r.name} {(s:=r.path.stat()).st_size} {s.st_mtime_ns}' for r in recordings)
-    manifest = read_manifest(folder) if (folder/'manifest.json').exists() else {}
-    if manifest.get('seen')!=seen:
-        size = (d.sensor_H,d.sensor_W) if d.sensor_H and d.sensor_W else dataset.size
-        write_store(recordings, folder, size, None if dataset.labelled else d.slice_max_evs, data_set=d.data_set, seen=seen)
+    size,window = (d.sensor_H,d.sensor_W) if d.sensor_H and d.sensor_W else dataset.size, None if dataset.labelled else d.slice_max_evs
+    seen = split_hash([f'{d.data_set} {size} {window}', *(f'{r.split}/{r.name} {(s:=r.path.stat()).st_size} {s.st_mtime_ns}' for r in recordings)])
+    if folder.is_dir() and any(folder.iterdir()) and not (folder/'manifest.json').exists():
+        raise ValueError(f"{folder} holds something that is no packed store; set store_path to a new or empty folder")
+    if not (folder/'manifest.json').exists() or json.loads((folder/'manifest.json').read_text()).get('seen')!=seen:
+        write_store(recordings, folder, size, window, data_set=d.data_set, seen=seen)
     return folder
 
 def prepare(cfg:Config) -> Path:
@@ -225,13 +239,14 @@ def read_manifest(folder):
     if manifest['version']!=VERSION: raise ValueError(f"{folder} is a store of version {manifest['version']}, this is {VERSION}; remove it and prepare again")
     return manifest
 
-# %% ../nbs/07_data.ipynb #9549240f
+# %% ../nbs/07_data.ipynb #583ec7f6
 class EventStore:
     "One split of a packed store."
     def __init__(self, folder, split='train'):
         "Open the train or val split of a folder that `prepare` wrote; raises FileNotFoundError for no store, ValueError for one that was cut."
         self.folder,self.split,self.manifest = Path(folder),split,read_manifest(folder)
-        self.classes,self.size,self.split_hash = self.manifest['classes'],tuple(self.manifest['size']),self.manifest['split_hash']
+        self.classes,self.size = self.manifest['classes'],tuple(self.manifest['size'])
+        self.split_hash,self.data_hash = self.manifest['split_hash'],self.manifest['data_hash']
         index = np.load(self.folder/f'{split}.npz', allow_pickle=False)
         self.offsets,self.labels,self.names = index['offsets'],index['labels'],index['names']
         file = self.folder/f'{split}.events'
@@ -331,21 +346,3 @@ def all_frames(
 ) -> torch.Tensor:        # `(n, C, H, W)` float32
     "Deterministic frames of many recordings, for simple baselines and pictures."
     return torch.cat([make_frames(b, d) for b in eval_batches(store, indices, max_events=d.slice_max_evs)])
-
-# %% ../nbs/07_data.ipynb #b5851f8d
-def label_subset(
-    labels:np.ndarray,  # `(n,)` class of each recording
-    count,              # how many: a number, a fraction below 1, or 'all'
-    seed:int,           # of the draw
-) -> np.ndarray:        # sorted indices into `labels`
-    "Draw a stratified subset; raises ValueError where there are fewer labels, or for unlabelled data."
-    labels = np.asarray(labels)
-    if not len(labels) or labels.min()<0: raise ValueError("these recordings have no labels; finetuning needs a labelled data set")
-    count = len(labels) if count=='all' else round(count*len(labels)) if isinstance(count, float) else count
-    if not 0<count<=len(labels): raise ValueError(f"class_labels asks for {count} labels, the training split has {len(labels)}")
-    rng,key = np.random.default_rng([seed, 2]),np.empty(len(labels))
-    for c in np.unique(labels):
-        own = rng.permutation(np.flatnonzero(labels==c))
-        key[own] = (np.arange(len(own))+rng.random())/len(own)   # evenly through the row
-        key[own[0]] -= 1                                         # the first of each class before all others
-    return np.sort(np.argsort(key, kind='stable')[:count])

@@ -19,11 +19,11 @@ from fastcore import xml
 from sklearn import linear_model, metrics, neighbors, pipeline, preprocessing, svm
 from .config import Config, config_text
 from .viz import fig_to_base64, show_codebook, show_confusion, show_curves, show_frame, show_label_curve, style
-from .data import EventStore, all_frames, eval_batches, label_subset, make_frames, prepared, split_hash
+from .data import EventStore, all_frames, eval_batches, make_frames, prepared, split_hash
 from .train import atomic, final_metrics, is_done, pick_device, read_log, write_json
 from .tokenizer import codebook_health, load_tokenizer, reconstruct
 from .encoder import config_encoder, features, load_encoder
-from .finetune import finetune_one, load_classifier, predict, pretrained_path, run_name
+from .finetune import finetune_one, label_subset, load_classifier, predict, pretrained_path, run_name
 
 # %% ../nbs/15_evaluate.ipynb #a9836b9d
 def majority(train_labels, val_labels):
@@ -99,6 +99,7 @@ def feature_probes(train_features, train_labels, val_features, val_labels, seed=
 
 def pretrained_encoder(cfg):
     "The encoder that finetuning starts from, or None where nothing was pretrained."
+    if cfg.pretrain.skip and not (cfg.pretrain.checkpoint or cfg.finetune.checkpoint): return None
     path = pretrained_path(cfg)
     return load_encoder(config_encoder(cfg), path).eval().to(pick_device(cfg.run.device)) if path.is_file() else None
 

@@ -6,7 +6,7 @@
 __all__ = ['STEPS', 'TEACH', 'EXAMPLES', 'steps_of', 'run_step', 'run', 'find_conf', 'command', 'main']
 
 # %% ../nbs/18_pipeline.ipynb #d7ba9653
-import argparse, os, sys, time
+import argparse, os, sys, time, warnings
 from importlib import import_module
 from pathlib import Path
 from .config import Config, config_text, load_config, parse_config, save_config
@@ -30,8 +30,10 @@ def run_step(
     "Run one step; raises KeyError for an unknown one. A finished step answers at once."
     if step not in STEPS: raise KeyError(f"unknown step {step!r}; known: {', '.join(STEPS)}")
     began = time.time()
-    save_config(cfg, cfg.folder/'run.conf')
+    conf = cfg.folder/'run.conf'
+    if not conf.exists(): save_config(cfg, conf)
     result = getattr(import_module(STEPS[step]), step)(cfg)
+    save_config(cfg, conf)   # now that the step has accepted these settings
     print(f'{step}: {time.time()-began:.0f} s', flush=True)
     return result
 
@@ -99,6 +101,7 @@ def main(
     parser.add_argument('conf', nargs='?', default='', help='configuration file; demo has its own')
     parser.add_argument('overrides', nargs='*', metavar='key=value', help='settings, spelled as in the file')
     args = parser.parse_args(argv or sys.argv[1:] or ['--help'])
+    warnings.formatwarning = lambda message,*_: f'{message}\n'   # without a line of source
     try: command(args.step, args.conf, args.overrides)
     except KeyboardInterrupt: sys.exit('interrupted; run the same command again to continue')
     except (KeyError, ValueError, OSError, FloatingPointError) as e:

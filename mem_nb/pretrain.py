@@ -24,8 +24,8 @@ from .data import EventStore, eval_batches, make_frames, num_steps, prepared, tr
 from .encoder import (config_encoder, encode_patches, from_patches, from_vit, load_encoder, sincos_positions,
                             to_patches)
 from .masking import make_masks, patch_events
-from .tokenizer import load_tokenizer, mean_frame
-from .train import cosine_schedule, fit, load_weights, step_seed, step_settings
+from .tokenizer import load_tokenizer, tokenizer_path, mean_frame
+from .train import cosine_schedule, fit, load_weights, step_seed, step_settings, weights_hash
 from .viz import HIDDEN, frame_to_rgb
 
 # %% ../nbs/12_pretrain.ipynb #8171d9d1
@@ -292,7 +292,8 @@ def pretrain(
     torch.manual_seed(step_seed(cfg.run.seed, 12))
     model = build_model(cfg)
     batches = train_batches(task.train, None, p.batch_size, cfg.run.seed, cfg.data.slice_max_evs, cfg.run.num_workers)
-    settings = step_settings(cfg, 'data', 'tokenizer', 'encoder', 'pretrain', split_hash=task.train.split_hash)
+    hashes = dict(start_hash=p.checkpoint and weights_hash(p.checkpoint), tokenizer_hash='' if p.mae else weights_hash(tokenizer_path(cfg)))
+    settings = step_settings(cfg, 'data', 'tokenizer', 'encoder', 'pretrain', data_hash=task.train.data_hash, **hashes)
     media = lambda model: {'strip':strip_figure(task, model)}
     judged = dict(validate=task.validate, media=media, validate_every=max(1, steps//10)) if len(task.val) else {}
     return fit(model, task.loss, batches, steps, cfg.folder/'pretrain', pretrain_optimizer(model, p.lr, p.weight_decay),

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 from .config import Config, DataConfig
 from .data import EventStore, eval_batches, make_frames, num_steps, prepared, train_batches
-from .train import fit, load_weights, step_seed, step_settings
+from .train import fit, load_weights, step_seed, step_settings, weights_hash
 from .viz import show_reconstructions
 
 # %% ../nbs/09_tokenizer.ipynb #ae408578
@@ -285,7 +285,7 @@ def tokenizer(
     def loss(model, batch, step, generator):
         return tokenizer_loss(model, make_frames(batch, d, generator), warmth(step), generator, **terms)
     batches = train_batches(train, None, t.batch_size, cfg.run.seed, d.slice_max_evs, cfg.run.num_workers)
-    settings = step_settings(cfg, 'data', 'tokenizer', split_hash=train.split_hash)
+    settings = step_settings(cfg, 'data', 'tokenizer', data_hash=train.data_hash, start_hash=t.checkpoint and weights_hash(t.checkpoint))
     judged = _judge(cfg, train, val) if len(val) else {}
     return fit(vae, loss, batches, steps, cfg.folder/'tokenizer', torch.optim.Adam(vae.parameters(), t.lr),
                lambda step: t.lr*t.lr_decay**(step/epoch), cfg.run, settings, grad_clip=t.grad_clip, desc='tokenizer',

@@ -32,6 +32,12 @@ def test_published_files_hold_69_known_keys(shared):
     ('class_labels = 10 some', 'class_labels has .some.'),
     ('class_methods = pretrianed', 'known: pretrained, scratch'),
     ('pt_lr = 1\npt_lr = 2', 'pt_lr'),
+    ('[run]\npt_epoch = 3', 'without sections'),
+    ('pt_epochs = inf', 'should be a whole number'),
+    ('class_labels = 1e1', 'class_labels has 10.0'),
+    ('class_seeds = a', 'class_seeds should be whole numbers'),
+    ('seed = -1', 'whole numbers, 0 or above'),
+    ('num_digits = 6000', '5000 pictures'),
     ('just words', 'a line is `key = value`')])
 def test_mistakes_are_named(text, said):
     with pytest.raises((KeyError, ValueError), match=said): parse_config(text)

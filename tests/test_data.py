@@ -2,8 +2,9 @@
 import json, os, shutil
 import numpy as np, pytest, torch
 from mem_nb.config import parse_config
-from mem_nb.data import (DATASETS, EventStore, all_frames, collate, eval_batches, find_dataset, label_subset, list_recordings, make_frames, num_steps,
+from mem_nb.data import (DATASETS, EventStore, all_frames, collate, eval_batches, find_dataset, list_recordings, make_frames, num_steps,
                          prepare, read_manifest, split_hash, store_path, train_batches, write_store)
+from mem_nb.finetune import label_subset
 from mem_nb.formats import read_events, write_bin
 
 @pytest.fixture
@@ -58,8 +59,8 @@ def test_defect_7_a_file_that_fails_is_refused_by_name_and_the_rest_go_in(cfg, d
     (lambda root: shutil.rmtree(root), 'no data folder'),
     (lambda root: [shutil.rmtree(p) for p in root.iterdir() if p.is_dir()], 'holds no class folders'),
     (lambda root: [p.unlink() for p in (root/'3').iterdir()], 'class folder .*3 holds no .bin file'),
-    (lambda root: [p.write_bytes(b'') for p in (root/'3').iterdir()], "no readable recording is left in label '3'"),
-    (lambda root: [write_bin(p, np.array([(40,1,5,True)], dtype=[('x','<i2'),('y','<i2'),('t','<i8'),('p','?')])) for p in (root/'3').iterdir()], "no readable recording is left in label '3'")])
+    (lambda root: [p.write_bytes(b'') for p in (root/'3').iterdir()], "no readable recording is left of class '3' in train"),
+    (lambda root: [write_bin(p, np.array([(40,1,5,True)], dtype=[('x','<i2'),('y','<i2'),('t','<i8'),('p','?')])) for p in (root/'3').iterdir()], "no readable recording is left of class '3' in train")])
 def test_bad_folders_are_named_and_leave_nothing_behind(cfg, digits, tmp_path, harm, said):
     copy = tmp_path/'copy'; shutil.copytree(digits, copy); harm(copy); cfg.data.data_path = str(copy)
     with pytest.raises((ValueError, FileNotFoundError), match=said): prepare(cfg)
@@ -128,3 +129,56 @@ def test_unknown_data_set_lists_the_known_ones():
     with pytest.raises(KeyError, match='known: folder, npy'): find_dataset('mnist')
 
 def test_steps_of_a_run(): assert (num_steps(600, 10, 64), num_steps(5, 1, 64))==(94, 1)
+
+def write_npy(path, x=(1,2), t=(1,5)):
+    from mem_nb.events import make_events
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, make_events(np.array(x), np.array([1,2]), np.array(t), np.array([1,0])))
+
+def test_a_folder_that_is_no_store_is_never_deleted(cfg, tmp_path):
+    precious = tmp_path/'precious'; precious.mkdir(); (precious/'thesis.txt').write_text('hi')
+    cfg.data.store_path = str(precious)
+    with pytest.raises(ValueError, match='holds something that is no packed store'): prepare(cfg)
+    assert (precious/'thesis.txt').read_text()=='hi'
+
+def test_other_events_under_the_same_names_have_another_hash(cfg, digits, tmp_path):
+    a = EventStore(prepare(cfg))
+    copy = tmp_path/'copy'; shutil.copytree(digits, copy)
+    for p in copy.glob('*/*.bin'): p.write_bytes(p.read_bytes()[:1000])
+    cfg.data.data_path = str(copy)
+    b = EventStore(prepare(cfg))
+    assert a.split_hash==b.split_hash and a.data_hash!=b.data_hash
+
+def test_a_store_follows_its_settings(digits, tmp_path):
+    cfg = parse_config(f'data_path = {digits}\ndata_set = recordings\nstore_path = {tmp_path}/st\nslice_max_evs = 300\nsensor_H = 34\nsensor_W = 34')
+    assert np.diff(EventStore(prepare(cfg)).offsets).max()==300
+    cfg.data.slice_max_evs = 600
+    assert np.diff(EventStore(prepare(cfg)).offsets).max()==600
+
+def test_no_recording_is_in_train_and_val_at_once(digits, tmp_path):
+    root = tmp_path/'two'; write_npy(root/'c'/'a.npy'); write_bin(root/'c'/'a.bin', read_events(next(digits.glob('0/*.bin'))))
+    with pytest.raises(ValueError, match='holds a in two formats'): list_recordings(root, DATASETS['folder'])
+    name = next(digits.glob('0/*.bin')).stem
+    (tmp_path/'s.txt').write_text(f'train/0/{name}.bin\n\nval/0/{name}.npy\n')
+    with pytest.raises(ValueError, match='line 3: 0/.* stands in line 1 already'): list_recordings(digits, DATASETS['folder'], tmp_path/'s.txt')
+
+def test_coordinates_that_do_not_fit_name_their_file(tmp_path):
+    for i in range(4): write_npy(tmp_path/'data'/'c'/f'{i}.npy', x=(1,5000) if i==0 else (1,2))
+    cfg = parse_config(f'data_path = {tmp_path}/data\nruns_dir = {tmp_path}\nval_fraction = 0.5')
+    refused = read_manifest(prepare(cfg))['refused']
+    assert len(refused)==1 and '0.npy' in refused[0]['reason'] and '5000' in refused[0]['reason']
+
+def test_small_classes_still_get_a_validation_part(tmp_path):
+    for c in 'ab':
+        for i in range(2): write_npy(tmp_path/c/f'{i}.npy')
+    recs = list_recordings(tmp_path, DATASETS['folder'])
+    assert {(r.label, r.split) for r in recs}=={(c,s) for c in 'ab' for s in ('train','val')}
+
+def test_a_class_that_is_only_in_val_is_refused(tmp_path):
+    for split,c in [('train','cat'), ('val','cat'), ('val','Cat')]: write_npy(tmp_path/'d'/split/c/'0.npy')
+    with pytest.raises(ValueError, match="'Cat' is in val but not in train"): prepare(parse_config(f'data_path = {tmp_path}/d\nruns_dir = {tmp_path}'))
+
+def test_leftovers_of_a_killed_process_with_the_same_number_do_not_block(cfg):
+    aside = store_path(cfg).with_name(f'{store_path(cfg).name}.{os.getpid()}.tmp'); aside.mkdir(parents=True); (aside/'x').write_text('')
+    prepare(cfg)
+    assert not aside.exists()

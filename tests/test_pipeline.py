@@ -71,7 +71,14 @@ def test_kill_9_in_every_training_step_ends_bit_equal(whole, tmp_path_factory):
 
 def test_finished_run_with_another_setting_is_refused(whole):
     folder,_ = whole
+    before = (folder/'runs'/'tiny'/'run.conf').read_text()
     with pytest.raises(ValueError, match='pt_lr was 0.002, is now 0.1.*another expname'): command('run', conf(folder), ['pt_lr=0.1'])
+    assert (folder/'runs'/'tiny'/'run.conf').read_text()==before
+
+def test_other_weights_to_start_from_are_another_result(whole):
+    folder,_ = whole
+    other = folder/'runs'/'tiny'/'finetune'/'scratch_40_seed0'/'final.safetensors'
+    with pytest.raises(ValueError, match='start_hash was'): command('finetune', conf(folder), [f'class_checkpoint={other}'])
 
 def test_mistakes_at_the_command_line_are_one_sentence(tmp_path):
     for args,said in [(['pretran','x.conf'], 'unknown step'), (['run','nowhere.conf'], 'no configuration file'), (['run','configs/demo.conf','pt_epoch=1'], "did you mean 'pt_epochs'")]:

@@ -61,11 +61,11 @@ def test_nan_loss_stops_and_keeps_the_last_state(tmp_path):
     assert torch.load(tmp_path/'last'/'state.pt', weights_only=True)['step']==14
 
 def test_a_state_that_would_run_code_is_refused(tmp_path):
-    import os, pickle
+    import os
     class Evil:
         def __reduce__(self): return os.mkdir, (str(tmp_path/'harm'),)
     (tmp_path/'last').mkdir(); torch.save({'settings':Evil()}, tmp_path/'last'/'state.pt')
-    with pytest.raises(pickle.UnpicklingError): train(tmp_path)
+    with pytest.raises(ValueError, match='is no readable training state'): train(tmp_path)
     assert not (tmp_path/'harm').exists()
 
 def test_atomic_leaves_nothing_half_written(tmp_path):
@@ -115,3 +115,21 @@ def test_wandb_logs_offline_without_a_login_and_continues_its_run(tmp_path, monk
         RunConfig(device='cpu', log_every=4, wandb=True), validate=lambda m: {'x':1.}, validate_every=6, media=draw)
     assert list((tmp_path/'pretrain').rglob('*.wandb')) and (tmp_path/'pretrain'/'media'/'strip.png').exists()
     assert read_log(tmp_path/'pretrain')[-1]['val_x']==1.
+
+def test_a_damaged_state_is_named(tmp_path):
+    (tmp_path/'last').mkdir(); (tmp_path/'last'/'state.pt').write_text('rubbish')
+    with pytest.raises(ValueError, match='state.pt is no readable training state.*remove'): train(tmp_path)
+
+def test_full_disk_is_one_sentence_whoever_noticed(tmp_path, monkeypatch):
+    import shutil
+    monkeypatch.setattr(shutil, 'disk_usage', lambda p: shutil._ntuple_diskusage(10**9, 10**9, 100))
+    with pytest.raises(OSError, match='disk is full, .*state.pt was not written'):
+        with atomic(tmp_path/'state.pt') as tmp: tmp.write_text('half'); raise RuntimeError('enforce fail at inline_container.cc')
+    assert not list(tmp_path.iterdir())
+
+def test_several_processes_are_refused_until_they_share_batches(tmp_path, monkeypatch):
+    import mem_nb.train as t
+    class Two:
+        num_processes = 2
+    monkeypatch.setattr(t, 'make_accelerator', lambda run: Two())
+    with pytest.raises(ValueError, match='2 processes would all train on the same batches'): train(tmp_path)
