@@ -44,8 +44,7 @@ def frame_baselines(
     "Commonest class, nearest neighbour, and an SVM with an RBF kernel (C=10), on pixels."
     x,val_x = (np.asarray(f).reshape(len(f), -1) for f in (train_frames, val_frames))
     models = dict(knn=neighbors.KNeighborsClassifier(1), svm=svm.SVC(C=10, random_state=seed))
-    found = {k:_accuracy(m, x, train_labels, val_x, val_labels) for k,m in models.items()}
-    return dict(majority=majority(train_labels, val_labels), **found)
+    return dict(majority=majority(train_labels, val_labels)) | {k:_accuracy(m, x, train_labels, val_x, val_labels) for k,m in models.items()}
 
 def small_frames(frames, largest=64):
     "Frames `(B, C, H, W)` as rows of numbers, averaged down where they are larger."
@@ -99,9 +98,9 @@ def feature_probes(train_features, train_labels, val_features, val_labels, seed=
 
 def pretrained_encoder(cfg):
     "The encoder that finetuning starts from, or None where nothing was pretrained."
-    if cfg.pretrain.skip and not (cfg.pretrain.checkpoint or cfg.finetune.checkpoint): return None
-    path = pretrained_path(cfg)
-    return load_encoder(config_encoder(cfg), path).eval().to(pick_device(cfg.run.device)) if path.is_file() else None
+    nothing = cfg.pretrain.skip and not (cfg.pretrain.checkpoint or cfg.finetune.checkpoint)
+    if nothing or not (path := pretrained_path(cfg)).is_file(): return None
+    return load_encoder(config_encoder(cfg), path).eval().to(pick_device(cfg.run.device))
 
 @torch.no_grad()
 def describe(store, data, encoder=None, indices=None, device='cpu'):

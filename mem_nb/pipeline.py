@@ -24,8 +24,9 @@ def steps_of(
 
 # %% ../nbs/18_pipeline.ipynb #fc85c2c7
 def run_step(
-    cfg:Config,  # configuration
-    step:str,    # name of a step
+    cfg:Config,      # configuration
+    step:str,        # name of a step
+    last:bool=True,  # of those asked for; then run.conf is written, as all have accepted these settings
 ):
     "Run one step; raises KeyError for an unknown one. A finished step answers at once."
     if step not in STEPS: raise KeyError(f"unknown step {step!r}; known: {', '.join(STEPS)}")
@@ -33,7 +34,7 @@ def run_step(
     conf = cfg.folder/'run.conf'
     if not conf.exists(): save_config(cfg, conf)
     result = getattr(import_module(STEPS[step]), step)(cfg)
-    save_config(cfg, conf)   # now that the step has accepted these settings
+    if last: save_config(cfg, conf)
     print(f'{step}: {time.time()-began:.0f} s', flush=True)
     return result
 
@@ -42,7 +43,7 @@ def run(
 ) -> dict:       # the summary of the last step
     "Run every step that the configuration asks for; interrupted, the same call continues."
     began = time.time()
-    for step in steps_of(cfg): result = run_step(cfg, step)
+    for step in (steps := steps_of(cfg)): result = run_step(cfg, step, step==steps[-1])
     print(f'all steps: {time.time()-began:.0f} s; results: {cfg.folder}')
     return result
 
