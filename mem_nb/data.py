@@ -204,7 +204,7 @@ def store_path(
     d = cfg.data
     if d.store_path: return Path(d.store_path)
     window = d.slice_max_evs if d.data_set=='recordings' else None
-    key = [str(Path(d.data_path).resolve()), d.data_set, d.num_digits, d.split_file, d.val_fraction, d.split_seed, d.sensor_H, d.sensor_W, window]
+    key = [d.data_path, d.data_set, d.num_digits, d.split_file, d.val_fraction, d.split_seed, d.sensor_H, d.sensor_W, window]
     return Path(cfg.run.runs_dir)/'stores'/f'{d.data_set}-{hashlib.sha256(repr(key).encode()).hexdigest()[:8]}'
 
 def prepared(

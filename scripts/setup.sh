@@ -32,6 +32,8 @@ $venv/bin/python -m pip install --disable-pip-version-check --use-pep517 -c cons
 
 if [ -d .git ]; then  # absent in a tarball, a file in a linked worktree
   PATH="$PWD/$venv/bin:$PATH" nbdev_install_hooks || echo "nbdev's git hooks are left out; everything else works."
+  # its hook looks for nbdev_trust on the PATH; a pull outside of the environment should work, too
+  if [ -f .git/hooks/post-merge ]; then sed -i "s|^nbdev_trust|PATH=\"\$PWD/$venv/bin:\$PATH\" nbdev_trust|" .git/hooks/post-merge; fi
 fi
 touch $venv/.installed
 echo "Set up. To work in it: source $venv/bin/activate"
