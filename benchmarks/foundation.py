@@ -17,7 +17,8 @@ def run_records(
     summary:dict,  # of one run
 ) -> list:
     "Records of one run: pretrained against SVM and scratch at each budget, codes in use, minutes of training."
-    name,goals,out = summary['run'],GOALS.get(summary['run'], {}),[]
+    name = Path(summary['run']).name
+    goals,out = GOALS.get(name, {}),[]
     for i,gain in enumerate(summary['gain']):
         labels = gain['labels']
         svm = mean_of(summary, 'svm', labels)
