@@ -24,6 +24,7 @@ class RunConfig:
     device:str = 'auto'        # auto, cpu, cuda
     precision:str = 'auto'     # auto (bf16 on a GPU that has it, else fp32), fp32, bf16, fp16
     num_workers:int = 0        # processes that read batches; 0 reads in the training process
+    prepare_workers:int = 0    # processes that prepare recordings; 0: one a core
     save_minutes:float = 10.   # longest time between two saved training states
     log_every:int = 20         # steps between two lines of log.jsonl
     wandb:bool = False         # also log to wandb (offline without a login)
@@ -40,6 +41,8 @@ class DataConfig:
     data_set:str = 'folder'          # name in the registry: folder, npy, nmnist, ncaltech101, ncars, nimagenet, recordings, digits
     num_digits:int = 2000            # recordings to simulate, for data_set = digits
     store_path:str = ''              # packed store; empty: runs_dir/stores/<data_set>-<hash>
+    window_us:int = 0                # recordings without labels are cut every so many µs; 0: every slice_max_evs events
+    window_overlap:float = 0.        # share of a window that its neighbour holds, too
     split_file:str = ''              # lines train/<class>/<file> and val/<class>/<file>; empty: the folder's own split, or val_fraction
     val_fraction:float = 0.2         # share of each class for validation, where nothing else splits
     split_seed:int = 0               # seed of that split
@@ -62,14 +65,17 @@ class DataConfig:
     flip:float = 0.5                 # probability of a flip along x in training
     time_flip:float = 0.5            # probability of a time reversal in training
     max_random_shift_evs:int = 8     # largest common shift in training, pixels
+    event_drop:float = 0.            # share of the events left out in training, drawn for each
     rotate:float = 0.                # largest rotation in training, degrees
     scale:float = 0.                 # largest relative change of size in training
     translate:float = 0.             # largest shift of the frame in training, share of its size
     rand_aug:bool = True             # RandAugment in training
+    geometry:str = 'events'          # what rotations, shears and shifts move: events (sharp) or frames (interpolated, as the original)
+    original:tuple = ()              # defects of the original to reproduce, by name; see notebook 06
 
-    choices = dict(frame_fit=('resize','crop'), representation=('histogram','voxel'))
+    choices = dict(frame_fit=('resize','crop'), representation=('histogram','voxel'), geometry=('events','frames'))
     positive = ('num_digits','input_H','input_W','slice_max_evs','voxel_bins','hotpix_num_stds','normalize_gain','gamma')
-    unit = ('val_fraction','flip','time_flip','scale','translate')
+    unit = ('val_fraction','window_overlap','event_drop','flip','time_flip','scale','translate')
 
     @property
     def in_chans(self): return 3 if self.representation=='histogram' else self.voxel_bins
@@ -137,6 +143,7 @@ class PretrainConfig:
     grad_clip:float = 30.      # largest gradient norm
     dropout:float = 0.1        # drop path: share of residual branches dropped in training
     color_jitter:float = 0.    # brightness jitter of the frame in training
+    two_views:bool = False     # the tokenizer names the frame without jitter, as in BEiT
     lr_decay:float = 1.        # read by nothing, as in the original: the schedule is a cosine
     save_ckpt_freq:int = 25    # epochs between two saved states (save_minutes may come first)
     checkpoint:str = ''        # start from these weights
