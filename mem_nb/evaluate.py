@@ -19,7 +19,9 @@ from fastcore import xml
 from sklearn import linear_model, metrics, neighbors, pipeline, preprocessing, svm
 from .config import Config, config_text
 from .viz import fig_to_base64, show_codebook, show_confusion, show_curves, show_frame, show_label_curve, style
-from .data import EventStore, all_frames, eval_batches, make_frames, prepared, split_hash
+from .store import EventStore, split_hash
+from .datasets import prepared
+from .data import all_frames, eval_batches, make_frames
 from .train import atomic, final_metrics, is_done, pick_device, read_log, write_json
 from .tokenizer import codebook_health, load_tokenizer, reconstruct
 from .encoder import config_encoder, features, load_encoder

@@ -123,17 +123,21 @@ def windows_by_time(
 # %% ../nbs/01_events.ipynb #867cf8dc
 def pack_events(
     events:np.ndarray,  # `(N,)` events
+    first_us:int=0,     # the time to count from, µs
 ) -> np.ndarray:        # `(N,)` uint64
     "Squeeze each event into 8 bytes. ValueError if x, y or t does not fit."
-    word = events['p'].astype('<u8') << 24
-    for name,shift,bits in [('x',0,12), ('y',12,12), ('t',25,38)]:
-        a = events[name]
-        if len(a) and (a.min()<0 or a.max()>=2**bits):
+    t = events['t'] - first_us
+    for name,a,bits in [('x',events['x'],12), ('y',events['y'],12), ('t',t,38)]:
+        if np.bitwise_or.reduce(a) >> bits:       # one pass finds a bit too high, and a sign
             i = int(((a<0)|(a>=2**bits)).argmax())
             hint = " µs: subtract the first time" if name=='t' else ""
             raise ValueError(f"{name} = {a[i]} at event {i} does not fit in {bits} bits, 0..{2**bits-1}{hint}")
-        word |= a.astype('<u8') << shift
-    return word
+    word = t<<1
+    word |= events['p']
+    for name in 'yx':
+        word <<= 12
+        word |= events[name]
+    return word.view(np.uint64)
 
 def unpack_events(
     packed:np.ndarray,  # `(N,)` uint64 or int64 from `pack_events`

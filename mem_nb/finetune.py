@@ -13,7 +13,9 @@ import numpy as np, torch, torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 from torch import nn
 from .config import Config
-from .data import EventStore, eval_batches, make_frames, num_steps, prepared, split_hash, train_batches
+from .store import EventStore, split_hash
+from .datasets import prepared
+from .data import eval_batches, make_frames, num_steps, train_batches
 from .encoder import config_encoder, load_encoder
 from .train import cosine_schedule, fit, load_weights, step_settings, weights_hash
 

@@ -175,3 +175,20 @@ def read_events(
     try: return check_events(FORMATS[file_format(path)](path), None, str(path))
     except EventFileError: raise
     except (ValueError, OSError) as e: raise EventFileError(f"{e}" if str(path) in f"{e}" else f"{path}: {e}") from None
+
+def event_chunks(path, chunk=2**16, start_us=None, end_us=None, size=None):
+    if str(path).endswith('.bin'):
+        n=0; last=-1
+        with open(path,'rb') as f:
+            while len(b:=f.read(5*chunk)):
+                if len(b)%5: raise EventFileError(f"{path}: truncated")
+                r=np.frombuffer(b,ATIS); ev=np.empty(len(r),EVENT_DTYPE)
+                word=r['word'].astype('<u4')
+                ev['x'], ev['y'], ev['t'], ev['p'] = r['x'], r['y'], word & 0x7fffff, word & 0x800000
+                check_events(ev,size,str(path))
+                yield ev
+    else:
+        e=check_events(read_events(path),size,str(path))
+        for i in range(0,len(e),chunk): yield e[i:i+chunk]
+def sensor_size(path, registered=None, given=None): return registered or given
+def recording_size(path): return None

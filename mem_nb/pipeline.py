@@ -12,7 +12,7 @@ from pathlib import Path
 from .config import Config, config_text, load_config, parse_config, save_config
 
 # %% ../nbs/18_pipeline.ipynb #7ae083f1
-STEPS = dict(prepare='mem_nb.data', tokenizer='mem_nb.tokenizer', pretrain='mem_nb.pretrain', finetune='mem_nb.finetune', evaluate='mem_nb.evaluate')
+STEPS = dict(prepare='mem_nb.datasets', tokenizer='mem_nb.tokenizer', pretrain='mem_nb.pretrain', finetune='mem_nb.finetune', evaluate='mem_nb.evaluate')
 
 def steps_of(
     cfg:Config,  # skip keys and mae decide

@@ -20,7 +20,9 @@ from timm.models.vision_transformer import Block
 from timm.optim import param_groups_weight_decay
 from torch import nn
 from .config import Config, DataConfig
-from .data import EventStore, eval_batches, make_frames, num_steps, prepared, train_batches
+from .store import EventStore
+from .datasets import prepared
+from .data import eval_batches, make_frames, num_steps, train_batches
 from .encoder import (config_encoder, encode_patches, from_patches, from_vit, load_encoder, sincos_positions,
                             to_patches)
 from .masking import make_masks, patch_events

@@ -16,7 +16,9 @@ import numpy as np, torch, torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 from .config import Config, DataConfig
-from .data import EventStore, eval_batches, make_frames, num_steps, prepared, train_batches
+from .store import EventStore
+from .datasets import prepared
+from .data import eval_batches, make_frames, num_steps, train_batches
 from .train import fit, load_weights, step_seed, step_settings, weights_hash
 from .viz import show_reconstructions
 

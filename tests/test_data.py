@@ -2,10 +2,11 @@
 import json, os, shutil
 import numpy as np, pytest, torch
 from mem_nb.config import parse_config
-from mem_nb.data import (DATASETS, EventStore, all_frames, collate, eval_batches, find_dataset, list_recordings, make_frames, num_steps,
-                         prepare, read_manifest, split_hash, store_path, train_batches, write_store)
+from mem_nb.data import all_frames, collate, eval_batches, make_frames, num_steps, train_batches
+from mem_nb.datasets import DATASETS, find_dataset, list_recordings, prepare, store_path
 from mem_nb.finetune import label_subset
 from mem_nb.formats import read_events, write_bin
+from mem_nb.store import EventStore, read_manifest, split_hash
 
 @pytest.fixture
 def cfg(digits, tmp_path):

@@ -6,7 +6,9 @@ import numpy as np, pytest, torch
 from conftest import TINY
 from mem_nb import evaluate as ev
 from mem_nb.config import config_text, parse_config
-from mem_nb.data import EventStore, all_frames, prepare
+from mem_nb.data import all_frames
+from mem_nb.datasets import prepare
+from mem_nb.store import EventStore
 from mem_nb.finetune import finetune, label_subset
 from mem_nb.pretrain import pretrain
 from mem_nb.tokenizer import tokenizer

@@ -2,7 +2,8 @@
 from pathlib import Path
 import numpy as np, pytest, torch, torch.nn.functional as F
 from mem_nb.config import parse_config
-from mem_nb.data import EventStore, prepare
+from mem_nb.datasets import prepare
+from mem_nb.store import EventStore
 from mem_nb.encoder import build_encoder, from_patches, from_vit, load_encoder, to_patches
 from mem_nb.pretrain import (MaskedAutoencoder, MaskedEventModel, build_model, frozen_tokens, hidden_pixels, masked_accuracy,
                              masked_loss, pixel_loss, pretrain, pretrain_optimizer, pretrain_task, strip, strip_figure)
