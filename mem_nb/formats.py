@@ -192,3 +192,8 @@ def event_chunks(path, chunk=2**16, start_us=None, end_us=None, size=None):
         for i in range(0,len(e),chunk): yield e[i:i+chunk]
 def sensor_size(path, registered=None, given=None): return registered or given
 def recording_size(path): return None
+def write_events(path, e, size=None):
+    if str(path).endswith('.bin'): return write_bin(path,e)
+    if str(path).endswith('.npy'): return np.save(path,e)
+    w=np.empty(len(e),DAT); w['t']=e['t']; w['word']=e['x'].astype('u4')|e['y'].astype('u4')<<14|e['p'].astype('u4')<<28
+    Path(path).write_bytes(b'% Data file\n\x00\x08'+w.tobytes())

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Tally', 'hot_pixels', 'tally_facts', 'Inspection', 'inspect_recording', 'store_facts', 'inspect_store', 'inspect']
 
-# %% ../nbs/04e_inspect.ipynb #85c4e1ea
+# %% ../nbs/04e_inspect.ipynb #681728a5
 import html, os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from .formats import EventFileError, event_chunks, file_format, recording_size
 from .store import EventStore, read_manifest, read_sources
 from .viz import BRIGHTER, DARKER, fig_to_base64, show_events, show_frame, style
 
-# %% ../nbs/04e_inspect.ipynb #0d389ebe
+# %% ../nbs/04e_inspect.ipynb #2a152283
 class Tally:
     "What passes by, counted: `add` a chunk of events at a time."
     def __init__(self,
@@ -53,7 +53,7 @@ class Tally:
         self.kept.append(events[-self.n%self.every::self.every].copy())
         if sum(map(len, self.kept))>2*self.cloud: self.every *= 2; self.kept = [np.concatenate(self.kept)[::2]]
 
-# %% ../nbs/04e_inspect.ipynb #db908984
+# %% ../nbs/04e_inspect.ipynb #6ffde45b
 def hot_pixels(
     counts:np.ndarray,  # `(2, H, W)` events
     stds:float=10.,     # so many standard deviations above the mean
@@ -77,7 +77,7 @@ def tally_facts(
             'time order': f'ascending; {t.ties/t.n:.1%} of the events share their µs with the one before',
             'pixels': f'{silent:.1%} never fire', 'hot pixels': f'{len(hot)} (10 standard deviations above the mean)' + ''.join(f'; x={x} y={y}: {n:,}' for x,y,n in hot[:3])}
 
-# %% ../nbs/04e_inspect.ipynb #e1760e86
+# %% ../nbs/04e_inspect.ipynb #f87a2052
 @dataclass
 class Inspection:
     "What `inspect` found."
@@ -102,12 +102,14 @@ class Inspection:
         a,b,c = fig.add_subplot(131, projection='3d'),fig.add_subplot(132),fig.add_subplot(133)
         show_events(self.example if self.example is not None else np.concatenate(t.kept), ax=a)
         show_frame(t.counts.clip(max=max(1, np.quantile(t.counts, .999))), ax=b, title=f'Events a pixel, {t.counts.shape[2]} × {t.counts.shape[1]}')
-        n = (t.last-t.first)//t.bin_us+1
-        for row,color,label in zip(t.rate, (BRIGHTER,DARKER), ('brighter','darker')): c.stairs(row[:n]/t.bin_us*1e3, np.arange(n+1)*t.bin_us/1e6, color=color, label=label)
+        wide = max(1, -(-((t.last-t.first)//t.bin_us+1)//150))                 # bins a step of the curve
+        edges = np.arange(0, (t.last-t.first)//t.bin_us+1, wide)
+        for row,color,label in zip(t.rate, (BRIGHTER,DARKER), ('brighter','darker')):
+            c.stairs(np.add.reduceat(row, edges)/(wide*t.bin_us)*1e3, np.append(edges, edges[-1]+wide)*t.bin_us/1e6, color=color, label=label)
         c.set(xlabel='t (s)', ylabel='1000 events / s', title='When they came'); c.legend()
         return fig
 
-# %% ../nbs/04e_inspect.ipynb #b7450f0b
+# %% ../nbs/04e_inspect.ipynb #81bc0443
 def inspect_recording(
     path,           # a recording of any format
 ) -> Inspection:
@@ -122,7 +124,7 @@ def inspect_recording(
     if fault: facts['FAULT'] = (f'after {t.n:,} sound events: ' if t.n else '') + fault
     return Inspection(str(path), facts, t)
 
-# %% ../nbs/04e_inspect.ipynb #052d0b8b
+# %% ../nbs/04e_inspect.ipynb #8277b796
 def store_facts(
     store:EventStore,  # one split
 ) -> dict:             # what: in words
@@ -157,7 +159,7 @@ def _joined(store, most):
         e['t'] += end-e['t'][0]; end = int(e['t'][-1])+1
         yield e
 
-# %% ../nbs/04e_inspect.ipynb #1e6458ef
+# %% ../nbs/04e_inspect.ipynb #a9eaf8f6
 def inspect(
     path,               # a recording, or a packed store
     picture:str='',     # PNG to write; none without it

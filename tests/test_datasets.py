@@ -1,0 +1,157 @@
+"Data sets: every layout that is published, split lists, windows, other people's samples."
+import json, shutil
+from pathlib import Path
+import numpy as np, pytest
+from mem_nb.config import parse_config
+from mem_nb.datasets import DATASETS, Dataset, list_recordings, prepare, prepare_samples, prepared, read_split, store_path
+from mem_nb.events import make_events
+from mem_nb.formats import write_bin, write_events
+from mem_nb.frames import batch_events, histogram
+from mem_nb.store import EventStore, read_manifest, read_sources
+
+def events(n=200, seed=0, size=(34,34), span=300_000):
+    rng = np.random.default_rng(seed)
+    return make_events(rng.integers(0, size[1], n), rng.integers(0, size[0], n), np.sort(rng.integers(0, span, n)), rng.integers(0, 2, n))
+
+def fill(root, names, size=(34,34), write=write_events):
+    for i,name in enumerate(names):
+        (root/name).parent.mkdir(parents=True, exist_ok=True)
+        write(root/name, events(seed=i, size=size))
+
+def conf(root, tmp_path, data_set, more=''): return parse_config(f'data_path = {root}\ndata_set = {data_set}\nruns_dir = {tmp_path}\nprepare_workers = 1\n{more}')
+
+def save_nimagenet(path, e):
+    a = np.empty(len(e), [('x','<u2'),('y','<u2'),('t','<i8'),('p','u1')])
+    for k in 'xytp': a[k] = e[k]
+    np.savez_compressed(path, event_data=a)
+
+def save_gesture(path, e): np.save(path, np.stack([e['x'], e['y'], e['p'], e['t']//1000], 1).astype(float))
+
+LAYOUTS = dict(
+    nmnist=(['Train/0/1.bin','Train/1/2.bin','Test/0/3.bin','Test/1/4.bin'], (34,34), write_events),
+    ncars=(['n-cars_train/cars/obj_1_td.dat','n-cars_train/background/obj_2_td.dat','n-cars_test/cars/obj_3_td.dat','n-cars_test/background/obj_4_td.dat'], (100,120), write_events),
+    nimagenet=([f'extracted_{s}/{c}/{c}_{i}.npz' for i,s in enumerate(('train','val')) for c in ('n01440764','n01443537')], (480,640), save_nimagenet),
+    ncaltech101=([f'{c}/image_{i:04d}.bin' for c in ('ant','elephant') for i in range(1,6)], (180,240), write_events))
+
+@pytest.mark.parametrize('name', LAYOUTS)
+def test_published_layouts(name, tmp_path):
+    names,size,write = LAYOUTS[name]
+    fill(tmp_path/'raw', names, size, write)
+    folder = prepare(conf(tmp_path/'raw', tmp_path, name))
+    train,val = EventStore(folder),EventStore(folder, 'val')
+    assert train.size==size and len(train)+len(val)==len(names) and len(val)>0 and train.classes==sorted({n.split('/')[-2] for n in names})
+    assert int(train.offsets[-1]+val.offsets[-1])==200*len(names) and not train.manifest['refused']
+
+@pytest.mark.parametrize('names,write', [
+    ([f'ibmGesture{s}/user0{u}_led/{k}.npy' for s,u in (('Train',1),('Train',2),('Test',3)) for k in (0,3,10)], save_gesture),
+    ([f'{k:02d}_{c}.bin' for k,c in enumerate(('hand_clapping','air_drums'), 1)], write_events)])
+def test_dvs_gesture_as_tonic_keeps_it_and_as_files_named_by_class(names, write, tmp_path):
+    fill(tmp_path/'raw', names, (128,128), write)
+    store = EventStore(prepare(conf(tmp_path/'raw', tmp_path, 'dvsgesture')))
+    assert store.size==(128,128) and store.classes==(['0','10','3'] if 'npy' in names[0] else ['air_drums','hand_clapping'])
+    e = store.events(0)
+    assert e['t'].max()>1000 and 0<e['p'].mean()<1      # milliseconds became µs
+
+def test_dsec_events_are_cut_into_windows_and_named_after_their_sequence(tmp_path):
+    pytest.importorskip('h5py')
+    for i,split in enumerate(('train','train','test')): fill(tmp_path/'raw'/split/f'city_{i}'/'events'/'left', ['events.h5'], (480,640))
+    store = EventStore(prepare(conf(tmp_path/'raw', tmp_path, 'dsec', 'window_us = 50000')))
+    assert store.size==(480,640) and set(store.names)=={f'city_{i}/events/left/events.h5' for i in (0,1)} and (store.labels==-1).all()
+    assert len(store)==12 and max(store.events(i)['t'].ptp() if hasattr(np.ndarray, 'ptp') else np.ptp(store.events(i)['t']) for i in range(12))<50_000
+
+@pytest.mark.parametrize('more,spans', [('slice_max_evs = 80', None), ('slice_max_evs = 80\nwindow_overlap = 0.5', None), ('window_us = 60000', 60_000), ('window_us = 60000\nwindow_overlap = 0.5', 60_000)])
+def test_unlabelled_recordings_by_count_and_by_time_with_overlap(tmp_path, more, spans):
+    fill(tmp_path/'raw', ['a.npy','deep/b.bin','deep/c.txt.npy','d.dat'])
+    cfg = conf(tmp_path/'raw', tmp_path, 'recordings', more + '\nval_fraction = 0')
+    store = EventStore(prepare(cfg))
+    assert set(store.names)=={'a.npy','deep/b.bin','deep/c.txt.npy','d.dat'} and int(store.offsets[-1])==800
+    covered = np.zeros(800, int)
+    for a,b in zip(store.starts, store.stops): covered[a:b] += 1
+    assert (covered>=1).all() and (covered==1).all()==('overlap' not in more)
+    if spans: assert all(np.ptp(store.events(i)['t'])<spans for i in range(len(store)))
+    else: assert (store.stops-store.starts).max()==80
+    assert len(read_manifest(store.folder)['samples'])==2
+
+def test_another_window_is_another_store(tmp_path):
+    fill(tmp_path/'raw', ['a.npy','b.npy'])
+    paths = {store_path(conf(tmp_path/'raw', tmp_path, 'recordings', more)) for more in ('', 'window_us = 1000', 'window_us = 1000\nwindow_overlap = .5', 'slice_max_evs = 77')}
+    assert len(paths)==4
+
+# ---- splits
+def test_the_published_split_lists_are_read_as_they_are(shared, tmp_path):
+    listed = read_split(shared/'original_configs'/'splits'/'ncaltech101.txt')
+    splits = [s for s,_ in listed.values()]
+    assert (splits.count('train'), splits.count('val'))==(7002, 1707)
+    chosen = [k for k in listed if k.startswith(('ant/','elephant/'))]
+    fill(tmp_path/'raw', [f'{k}.bin' for k in chosen] + ['BACKGROUND_Google/image_0001.bin'], (180,240), lambda p,e: write_bin(p, e[:20]))
+    (tmp_path/'two.txt').write_text('\n'.join(f'{listed[k][0]}/{k}.npy' for k in chosen))
+    m = read_manifest(prepare(conf(tmp_path/'raw', tmp_path, 'ncaltech101', f'split_file = {tmp_path}/two.txt')))
+    assert m['classes']==['ant','elephant'] and m['recordings']==len(chosen)
+
+def test_defect_1_a_stratified_split_is_drawn_by_seed_and_every_class_is_in_both(tmp_path, capsys):
+    fill(tmp_path/'raw', [f'{c}/{i}.bin' for c in ('ant','antelope','elephant') for i in range(10)])
+    draw = lambda seed: list_recordings(tmp_path/'raw', DATASETS['ncaltech101'], seed=seed)
+    one = draw(0)
+    assert one==draw(0)!=draw(1)
+    for c in ('ant','antelope','elephant'):
+        assert sum(r.split=='val' and r.label==c for r in one)==2 and all(r.path.parent.name==r.label for r in one)
+
+def test_files_that_the_list_leaves_out_are_told(tmp_path, capsys):
+    fill(tmp_path/'raw', ['a/1.bin','a/2.bin','a/3.bin'])
+    (tmp_path/'s.txt').write_text('train/a/1.npy\nval/a/3.npy\n')
+    assert len(list_recordings(tmp_path/'raw', DATASETS['folder'], tmp_path/'s.txt'))==2
+    assert '1 recordings' in capsys.readouterr().out
+
+# ---- sensors
+def test_a_sensor_that_contradicts_the_data_set_is_an_error(tmp_path):
+    fill(tmp_path/'raw', ['Train/0/1.bin','Test/0/2.bin'])
+    with pytest.raises(ValueError, match='sensor_H and sensor_W say .*nmnist has a sensor of'): prepare(conf(tmp_path/'raw', tmp_path, 'nmnist', 'sensor_H = 180\nsensor_W = 240'))
+
+def test_a_header_that_contradicts_is_refused_by_name(tmp_path):
+    fill(tmp_path/'raw', ['c/1.bin','c/2.bin','c/3.bin'])
+    write_events(tmp_path/'raw'/'c'/'4.dat', events(), (240,304))
+    m = read_manifest(prepare(conf(tmp_path/'raw', tmp_path, 'folder', 'sensor_H = 34\nsensor_W = 34')))
+    assert len(m['refused'])==1 and '4.dat' in m['refused'][0]['reason'] and '304' in m['refused'][0]['reason']
+
+# ---- idempotence
+def test_later_steps_do_not_need_the_raw_files(tmp_path):
+    fill(tmp_path/'raw', ['c/1.bin','c/2.bin','c/3.bin'])
+    cfg = conf(tmp_path/'raw', tmp_path, 'folder')
+    folder = prepare(cfg); shutil.rmtree(tmp_path/'raw')
+    assert prepared(cfg)==folder
+    cfg.data.val_fraction = .5
+    with pytest.raises(FileNotFoundError, match='no data folder'): prepared(cfg)
+
+# ---- a new data set, and other people's
+def test_a_new_data_set_takes_ten_lines(tmp_path, monkeypatch):
+    def chunks(path, chunk, size=None):
+        for line in path.read_text().splitlines(): yield make_events(*([int(v)] for v in line.split(';')))
+    monkeypatch.setitem(DATASETS, 'mine', Dataset('learn', 'check', (10,10), ('.ev',), label_of=lambda p: p.stem[0], reader=chunks))
+    for s in ('learn','check'):
+        (tmp_path/'raw'/s).mkdir(parents=True)
+        for n in ('a1','b1'): (tmp_path/'raw'/s/f'{n}.ev').write_text('1;2;3;1\n4;5;6;0\n')
+    store = EventStore(prepare(conf(tmp_path/'raw', tmp_path, 'mine')))
+    assert store.classes==['a','b'] and store.events(0).tolist()==[(1,2,0,True),(4,5,3,False)]
+
+def test_tonic_plugs_in(tmp_path):
+    tonic = pytest.importorskip('tonic')
+    class Digits(tonic.Dataset):
+        sensor_size = (34,34,2)
+        def __init__(self, n, transform=None): super().__init__(str(tmp_path)); self.n,self.transform = n,transform
+        def __len__(self): return self.n
+        def __getitem__(self, i):
+            if i>=self.n: raise IndexError(i)
+            e = events(seed=i).astype([('x','<i8'),('y','<i8'),('t','<i8'),('p','<i8')])   # tonic's NMNIST
+            return (self.transform(e) if self.transform else e), i%3
+    prepare_samples(tmp_path/'store', Digits(9), Digits(3, tonic.transforms.RandomFlipLR((34,34,2), p=1.)), (34,34), classes=['a','b','c'])
+    train,val = EventStore(tmp_path/'store'),EventStore(tmp_path/'store', 'val')
+    assert train.classes==['a','b','c'] and np.bincount(train.labels).tolist()==[3,3,3]
+    i = int(np.flatnonzero(train.names=='a/0000000')[0]); raw = events(seed=0)
+    assert np.array_equal(train.events(i)['x'], raw['x'])
+    j = int(np.flatnonzero(val.names=='a/0000000')[0])
+    assert np.array_equal(val.events(j)['x'], 33-raw['x'])
+    assert int(histogram(batch_events([raw], (34,34))).sum())==len(raw)                # straight into a batch
+    frame = tonic.transforms.ToFrame((34,34,2), event_count=len(raw))(raw)             # and ours through theirs
+    assert np.array_equal(frame[0][::-1], histogram(batch_events([raw], (34,34)))[0].numpy())
+    again = tonic.transforms.TimeAlignment()(raw)
+    assert again.dtype==raw.dtype and again['t'][0]==0

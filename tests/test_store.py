@@ -1,0 +1,78 @@
+"The packed store: what is in it, how it is opened, and how damage is told."
+import json, os
+from pathlib import Path
+import numpy as np, pytest
+from mem_nb.events import make_events
+from mem_nb.formats import read_events
+from mem_nb.pack import Recording, Sample
+from mem_nb.store import EventStore, read_manifest, read_sources, write_store
+
+@pytest.fixture
+def sources(digits): return [Recording(p, p.parent.name, 'train' if i%4 else 'val') for i,p in enumerate(sorted(digits.glob('*/*.bin')))]
+
+@pytest.fixture
+def folder(sources, tmp_path):
+    write_store(sources, tmp_path/'store', (34,34), workers=1)
+    return tmp_path/'store'
+
+def test_six_lines_of_numpy_read_the_store(folder):
+    packed,index = np.memmap(folder/'train.events', dtype='<u8', mode='r'),np.load(folder/'train.npz')
+    one = packed[index['starts'][7]:index['stops'][7]]
+    ev = EventStore(folder).events(7)
+    assert np.array_equal(one & 0xfff, ev['x']) and np.array_equal(one>>12 & 0xfff, ev['y']) and np.array_equal(one>>24 & 1, ev['p']) and np.array_equal(one>>25, ev['t'])
+
+def test_sources_are_listed_with_hash_events_duration_and_sensor(folder, sources):
+    import hashlib
+    told = {s['name']:s for s in read_sources(folder)}
+    assert len(told)==len(sources)
+    for r in sources:
+        events,s = read_events(r.path),told[f'{r.split}/{r.name}']
+        assert s['sha256']==hashlib.sha256(r.path.read_bytes()).hexdigest() and s['sensor']==[34,34]
+        assert (s['events'], s['first_us'], s['duration_us'])==(len(events), events['t'][0], events['t'][-1]-events['t'][0])
+
+@pytest.mark.parametrize('at', [0, .3, .7, 1])
+def test_one_flipped_bit_is_found_and_its_recording_named(folder, at):
+    store = EventStore(folder)
+    word = int(at*(len(store.packed)-1))
+    with open(folder/'train.events', 'r+b') as f: f.seek(8*word+2); b = f.read(1)[0]; f.seek(8*word+2); f.write(bytes([b^4]))
+    with pytest.raises(ValueError, match='recording .* is damaged, its checksum differs; remove .* prepare again') as e: EventStore(folder)
+    r = np.searchsorted(store.offsets, word, 'right')-1
+    assert f' {store.names[r]} ' in str(e.value)
+
+def test_a_damaged_index_or_manifest_is_told(folder):
+    npz = folder/'val.npz'; good = npz.read_bytes()
+    npz.write_bytes(good[:-9] + b'\0' + good[-8:])
+    with pytest.raises(ValueError, match='val.npz is missing or damaged'): EventStore(folder, 'val')
+    (folder/'manifest.json').write_text('{"version"')
+    with pytest.raises(ValueError, match='manifest.json: damaged'): EventStore(folder)
+    (folder/'manifest.json').write_text('{"version": 2}')
+    with pytest.raises(ValueError, match='version 2, this is 3; remove it and prepare again'): EventStore(folder)
+
+def test_two_cameras_do_not_share_a_store(tmp_path):
+    def source(name, sensor):
+        (tmp_path/name).write_bytes(b'x')
+        r = Recording(tmp_path/name, 'c', 'train', name, lambda *a, **k: iter([make_events([1],[1],[0],[1])]))
+        object.__setattr__(r, 'sensor', lambda *a: sensor)
+        return r
+    with pytest.raises(ValueError, match='two sensors in one store.*prepare each camera'):
+        write_store([source('a', (34,34)), source('b', (180,240))], tmp_path/'store', workers=1)
+    assert not (tmp_path/'store').exists() and not (tmp_path/'store.preparing').exists()
+
+def test_without_a_size_the_largest_coordinates_count(tmp_path):
+    data = [(make_events([3,9],[1,2],[0,5],[1,0]), 0), (make_events([1],[7],[3],[1]), 0)]
+    m = write_store([Sample(data, i, 'c', 'train') for i in range(2)], tmp_path/'store', workers=1)
+    assert m['size']==[8,10] and m['events']==3
+
+def test_two_processes_do_not_write_one_store(sources, tmp_path):
+    import fcntl
+    aside = tmp_path/'store.preparing'; aside.mkdir()
+    with open(aside/'.lock', 'w') as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        with pytest.raises(OSError, match='another process is preparing'): write_store(sources, tmp_path/'store', (34,34), workers=1)
+    write_store(sources, tmp_path/'store', (34,34), workers=1)   # the lock goes with its holder
+
+def test_leftovers_of_other_settings_are_not_taken_for_good(sources, tmp_path):
+    write_store(sources, tmp_path/'a', (34,34), workers=1)
+    os.rename(tmp_path/'a', tmp_path/'b.preparing')
+    m = write_store(sources[:20], tmp_path/'b', (34,34), workers=1)
+    assert m['recordings']==20 and EventStore(tmp_path/'b').damaged()==[]
