@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Tally', 'hot_pixels', 'tally_facts', 'Inspection', 'inspect_recording', 'store_facts', 'inspect_store', 'inspect']
 
-# %% ../nbs/04e_inspect.ipynb #681728a5
+# %% ../nbs/04e_inspect.ipynb #3499691b
 import html, os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from .formats import EventFileError, event_chunks, file_format, recording_size
 from .store import EventStore, read_manifest, read_sources
 from .viz import BRIGHTER, DARKER, fig_to_base64, show_events, show_frame, style
 
-# %% ../nbs/04e_inspect.ipynb #2a152283
+# %% ../nbs/04e_inspect.ipynb #58c4d679
 class Tally:
     "What passes by, counted: `add` a chunk of events at a time."
     def __init__(self,
@@ -53,7 +53,7 @@ class Tally:
         self.kept.append(events[-self.n%self.every::self.every].copy())
         if sum(map(len, self.kept))>2*self.cloud: self.every *= 2; self.kept = [np.concatenate(self.kept)[::2]]
 
-# %% ../nbs/04e_inspect.ipynb #6ffde45b
+# %% ../nbs/04e_inspect.ipynb #45f17c1e
 def hot_pixels(
     counts:np.ndarray,  # `(2, H, W)` events
     stds:float=10.,     # so many standard deviations above the mean
@@ -77,7 +77,7 @@ def tally_facts(
             'time order': f'ascending; {t.ties/t.n:.1%} of the events share their µs with the one before',
             'pixels': f'{silent:.1%} never fire', 'hot pixels': f'{len(hot)} (10 standard deviations above the mean)' + ''.join(f'; x={x} y={y}: {n:,}' for x,y,n in hot[:3])}
 
-# %% ../nbs/04e_inspect.ipynb #f87a2052
+# %% ../nbs/04e_inspect.ipynb #8835c31b
 @dataclass
 class Inspection:
     "What `inspect` found."
@@ -109,7 +109,7 @@ class Inspection:
         c.set(xlabel='t (s)', ylabel='1000 events / s', title='When they came'); c.legend()
         return fig
 
-# %% ../nbs/04e_inspect.ipynb #81bc0443
+# %% ../nbs/04e_inspect.ipynb #0c0ab40a
 def inspect_recording(
     path,           # a recording of any format
 ) -> Inspection:
@@ -124,7 +124,7 @@ def inspect_recording(
     if fault: facts['FAULT'] = (f'after {t.n:,} sound events: ' if t.n else '') + fault
     return Inspection(str(path), facts, t)
 
-# %% ../nbs/04e_inspect.ipynb #8277b796
+# %% ../nbs/04e_inspect.ipynb #c855eed9
 def store_facts(
     store:EventStore,  # one split
 ) -> dict:             # what: in words
@@ -159,7 +159,7 @@ def _joined(store, most):
         e['t'] += end-e['t'][0]; end = int(e['t'][-1])+1
         yield e
 
-# %% ../nbs/04e_inspect.ipynb #a9eaf8f6
+# %% ../nbs/04e_inspect.ipynb #f243a248
 def inspect(
     path,               # a recording, or a packed store
     picture:str='',     # PNG to write; none without it

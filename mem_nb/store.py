@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VERSION', 'split_hash', 'write_index', 'fingerprint', 'write_store', 'read_manifest', 'read_sources', 'EventStore']
 
-# %% ../nbs/04c_store.ipynb #43a26f4a
+# %% ../nbs/04c_store.ipynb #0a95cdbc
 import errno, fcntl, hashlib, json, os, shutil, zlib
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy as np
 from .events import unpack_events
 from .pack import Window, file_hash, write_split, write_whole
 
-# %% ../nbs/04c_store.ipynb #db9139fe
+# %% ../nbs/04c_store.ipynb #9c6f8f17
 VERSION = 3  # of the store's layout
 
 def split_hash(names) -> str:
@@ -46,7 +46,7 @@ def write_index(
     return dict(names=names, hashes=hashes, events=int(offsets[-1]), samples=len(labels), refused=refused, kept=kept,
                 sensors=dict(zip(sensors, names)), extent=np.max(extents, 0, initial=0).tolist() if extents else [0,0])
 
-# %% ../nbs/04c_store.ipynb #b09280f0
+# %% ../nbs/04c_store.ipynb #8cb616a7
 def _check_kept(sources, kept, refused):
     "A refused file is reported; a split or a class that keeps none is an error."
     for r in refused[:20]: print(f"refused {r['name']}: {r['reason']}")
@@ -66,7 +66,7 @@ def _one_sensor(parts, given):
         raise ValueError(f"two sensors in one store: {x} says (H, W) = {a}, {y} says {b}; prepare each camera's recordings on their own")
     return list(next(iter(sensors), given or np.max([part['extent'] for part in parts], 0).tolist()))
 
-# %% ../nbs/04c_store.ipynb #866fe9f6
+# %% ../nbs/04c_store.ipynb #a31851ea
 def fingerprint(sources, *settings) -> str:
     "Changes with any source's name, size or date, and with the settings."
     return split_hash([repr(settings), *(f'{s.split}/{s.name} {s.stamp()}' for s in sources)])
@@ -107,7 +107,7 @@ def write_store(
         os.replace(aside, folder)
     return manifest
 
-# %% ../nbs/04c_store.ipynb #6568c182
+# %% ../nbs/04c_store.ipynb #95a70a47
 def _fill_store(sources, aside, size, given, window, workers, facts):
     "All files of a store but its name: events, indexes, sources, and last the manifest."
     classes,parts = sorted({s.label for s in sources} - {''}),[]
@@ -127,7 +127,7 @@ def _fill_store(sources, aside, size, given, window, workers, facts):
     write_whole(aside/'manifest.json', json.dumps(manifest, indent=1))
     return manifest
 
-# %% ../nbs/04c_store.ipynb #e8be3105
+# %% ../nbs/04c_store.ipynb #79bffd62
 def read_manifest(folder) -> dict:
     "The manifest of a store; raises FileNotFoundError or ValueError that says how to make one."
     file = Path(folder)/'manifest.json'
@@ -142,7 +142,7 @@ def read_sources(folder):
     with open(Path(folder)/'sources.jsonl', encoding='utf-8') as f:
         for line in f: yield json.loads(line)
 
-# %% ../nbs/04c_store.ipynb #1811f0ff
+# %% ../nbs/04c_store.ipynb #488edbae
 class EventStore:
     "One split of a packed store: a sample is a recording, or a window of one."
     def __init__(self,
