@@ -6,7 +6,7 @@
 __all__ = ['CHUNK', 'GROUP', 'file_hash', 'Recording', 'Sample', 'Window', 'count_windows', 'TimeWindows', 'Row', 'pack_chunk',
            'pack_source', 'source_groups', 'Turn', 'write_whole', 'done_groups', 'write_split']
 
-# %% ../nbs/04b_pack.ipynb #915557ae
+# %% ../nbs/04b_pack.ipynb #660cc372
 import errno, hashlib, json, multiprocessing, os, shutil, sys, tempfile, time, zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from .events import check_events, make_events, pack_events
 from .formats import event_chunks, sensor_size
 
-# %% ../nbs/04b_pack.ipynb #2f61e8ce
+# %% ../nbs/04b_pack.ipynb #2ea01f22
 CHUNK = 2**14  # events at a time: what a core's cache holds
 
 def file_hash(path) -> str:
@@ -44,7 +44,7 @@ class Recording:
     def digest(self): return file_hash(self.path)
     def stamp(self): return f'{(s := os.stat(self.path)).st_size} {s.st_mtime_ns}'
 
-# %% ../nbs/04b_pack.ipynb #713bc259
+# %% ../nbs/04b_pack.ipynb #1e9f59ff
 @dataclass(frozen=True)
 class Sample:
     "One sample of a data set in memory or of another library, such as tonic: `data[index]` is (events, target)."
@@ -69,7 +69,7 @@ class Sample:
     def digest(self): return hashlib.sha256(self.events.tobytes()).hexdigest()
     def stamp(self): return self.digest()
 
-# %% ../nbs/04b_pack.ipynb #0cf89fdc
+# %% ../nbs/04b_pack.ipynb #c97be769
 @dataclass(frozen=True)
 class Window:
     "How recordings without labels are cut."
@@ -88,7 +88,7 @@ def count_windows(
     starts = np.arange(0, max(n-(window.count-window.stride), 1), window.stride)
     return np.stack([starts, np.minimum(starts+window.count, n)], 1)
 
-# %% ../nbs/04b_pack.ipynb #2b407b16
+# %% ../nbs/04b_pack.ipynb #d8420364
 class TimeWindows:
     "Windows of `window.us` µs, of times that come a chunk at a time; a window in which nothing happened is left out."
     most = 2**24   # windows of one recording
@@ -115,7 +115,7 @@ class TimeWindows:
         stops = np.concatenate([*self.stops, np.full(len(starts), self.seen)])[:len(starts)]
         return np.stack([starts, stops], 1)[starts<stops]
 
-# %% ../nbs/04b_pack.ipynb #91af4233
+# %% ../nbs/04b_pack.ipynb #4a6dbfa7
 class Row:
     "A row of packed events: in memory, and what is too long for it in a temporary file of `folder`."
     def __init__(self,
@@ -148,7 +148,7 @@ class Row:
         out.write(self.words[:self.used].data)
         self.rewind(0)
 
-# %% ../nbs/04b_pack.ipynb #0d343088
+# %% ../nbs/04b_pack.ipynb #36dc4bd0
 def pack_chunk(
     events:np.ndarray,  # `(n,)` events, sound
     first:int,          # time to count from, µs
@@ -164,7 +164,7 @@ def pack_chunk(
     word <<= 12; word |= events['x']
     return top, word
 
-# %% ../nbs/04b_pack.ipynb #72e8d3fe
+# %% ../nbs/04b_pack.ipynb #b3d6fd81
 def pack_source(
     source,          # Recording or Sample
     row:Row,         # takes the packed events
@@ -189,7 +189,7 @@ def pack_source(
                     sensor=size and list(size), sha256=source.digest(), crc32=crc, windows=windows.tolist())
     except BaseException: row.rewind(start); raise
 
-# %% ../nbs/04b_pack.ipynb #8f02aca6
+# %% ../nbs/04b_pack.ipynb #573b7567
 GROUP = 2**23   # bytes of sources in a group
 
 def source_groups(
@@ -224,7 +224,7 @@ class Turn:
         "Nobody need wait any longer."
         with self.moved: self._set(-1, 0)
 
-# %% ../nbs/04b_pack.ipynb #b3190a32
+# %% ../nbs/04b_pack.ipynb #a86eeb1e
 def write_whole(
     path:Path,  # file
     text:str,   # what it holds
@@ -259,7 +259,7 @@ def _pack_group(group, start, stop):
     write_whole(folder/f'{split}-{group:07d}.json', json.dumps(dict(place=place, size=size, stop=stop, facts=facts, refused=refused)))
     return sum(f['events'] for f in facts), stop-start
 
-# %% ../nbs/04b_pack.ipynb #bba9ddb3
+# %% ../nbs/04b_pack.ipynb #60c87bab
 def _sound(file, note):
     "Do the events that a group's note speaks of lie in the file?"
     file.seek(note['place'])
@@ -281,7 +281,7 @@ def done_groups(
         if int(path.stem.rpartition('-')[2])>=group: path.unlink()
     return group,end,stop
 
-# %% ../nbs/04b_pack.ipynb #afd6464f
+# %% ../nbs/04b_pack.ipynb #4e7bd681
 def _processes(): return multiprocessing.get_context('fork' if sys.platform=='linux' else 'spawn')
 
 def write_split(
