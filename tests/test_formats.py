@@ -3,7 +3,8 @@ import os, numpy as np, pytest
 from pathlib import Path
 from mem_nb import formats
 from mem_nb.events import EVENT_DTYPE, make_events
-from mem_nb.formats import EventFileError, FORMATS, file_format, read_bin, read_dat, read_events, read_npy, read_npz, read_text, write_bin
+from mem_nb.formats import (EventFileError, FORMATS, event_chunks, file_format, read_bin, read_dat, read_events, read_npy, read_npz, read_text,
+                            recording_size, sensor_size, write_bin, write_events)
 
 SHARED = Path(__file__).parents[2]/'shared'
 
@@ -18,7 +19,7 @@ def dat_bytes(e, kind=0, header=b'% Data file\n% Version 2\n'):
 
 def write_all(folder, e):
     "The same events in every format; returns the files."
-    write_bin(folder/'a.bin', e)
+    for suffix in ('bin','raw','h5'): write_events(folder/f'a.{suffix}', e)
     (folder/'a.dat').write_bytes(dat_bytes(e))
     np.savez(folder/'a.npz', event_data=e)
     np.savez_compressed(folder/'b.npz', **{k:e[k] for k in 'xytp'})
@@ -71,17 +72,11 @@ def test_real_nmnist():
         e = read_events(f)
         assert e['x'].max()<34 and e['y'].max()<34 and 250_000<e['t'][-1]<350_000 and len(e)*5==f.stat().st_size
 
-@pytest.mark.parametrize('name', ['aedat4/tonic_sample_320x240.aedat4', 'prophesee_raw/expelliarmus_evt2_sample.raw', 'prophesee_raw/expelliarmus_evt3_sample.raw'])
-def test_formats_of_a_later_day_are_refused_by_name(name):
-    path = SHARED/'recordings'/name
-    if not path.exists(): pytest.skip(f'no {name}')
-    assert 'known: bin, dat, npz, npy, text' in refusal(path)
-
 # ---- laws
 def test_every_format_gives_the_same_events(tmp_path):
     e = random_events()
     files = write_all(tmp_path, e)
-    assert {file_format(f) for f in files}==set(FORMATS)
+    assert {file_format(f) for f in files}==set(FORMATS)-{'evt21','evt3','aedat4'}
     for f in files: assert (read_events(f)==e).all(), f.name
 
 def test_content_wins_over_the_extension(tmp_path):
