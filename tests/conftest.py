@@ -68,3 +68,11 @@ def shared():
     "The folder of reference values and real recordings; tests that want it skip where it is absent."
     if not SHARED.is_dir(): pytest.skip('no folder shared/ beside the project')
     return SHARED
+
+def pytest_terminal_summary(terminalreporter):
+    "How many damaged files were decoded and refused, by format."
+    import sys
+    counts = getattr(sys.modules.get('test_fuzz'), 'COUNTS', {})
+    if any(counts.values()): terminalreporter.section('damaged files')
+    for name,c in counts.items():
+        if c: terminalreporter.write_line(f"{name:7s} {c['decoded']:5d} decoded {c['refused']:5d} refused")
