@@ -6,7 +6,7 @@
 __all__ = ['SUFFIXES', 'DATASETS', 'Dataset', 'gesture_label', 'gesture_chunks', 'find_dataset', 'list_recordings', 'read_split',
            'store_path', 'prepared', 'prepare', 'prepare_samples']
 
-# %% ../nbs/04d_datasets.ipynb #59caf64a
+# %% ../nbs/04d_datasets.ipynb #8ea8ae5b
 import hashlib, json, os, re, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from .pack import Recording, Sample, Window
 from .simulate import simulate_digits
 from .store import fingerprint, read_manifest, split_hash, write_store
 
-# %% ../nbs/04d_datasets.ipynb #3570c44d
+# %% ../nbs/04d_datasets.ipynb #437d4836
 SUFFIXES = ('.bin','.dat','.raw','.aedat4','.h5','.hdf5','.npz','.npy','.txt','.csv')
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Dataset:
     suffixes:tuple = SUFFIXES  # endings of its files
     labelled:bool = True       # False: every file below, cut into windows
     label_of:object = None     # relative path to class; None: the name of the folder it lies in
-    reader:object = event_chunks  # path and chunk length to chunks of events
+    reader:object = None       # (path, chunk length, size=) -> event arrays, for a format of one's own
 
-# %% ../nbs/04d_datasets.ipynb #89ad22bc
+# %% ../nbs/04d_datasets.ipynb #b17f6122
 def gesture_label(
     path:Path,  # `01_hand_clapping.bin`, or `user01_led/3.npy` as tonic keeps it
 ) -> str:
@@ -63,13 +63,13 @@ DATASETS = dict(
     recordings=Dataset(labelled=False),
     digits=Dataset(suffixes=('.bin',)))                                # simulated when it is prepared
 
-# %% ../nbs/04d_datasets.ipynb #b7475a99
+# %% ../nbs/04d_datasets.ipynb #77844dd2
 def find_dataset(name:str) -> Dataset:
     "Look a data set up; raises KeyError that lists the known ones."
     if name not in DATASETS: raise KeyError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}. Add yours to mem_nb.datasets.DATASETS")
     return DATASETS[name]
 
-# %% ../nbs/04d_datasets.ipynb #d5d452cb
+# %% ../nbs/04d_datasets.ipynb #0e7f988d
 def _files(folder, suffixes):
     "All files below, in order, that end as they should; hidden ones are left out."
     found,ends = [],tuple(suffixes)
@@ -93,7 +93,7 @@ def _class_files(folder, dataset):
     if not found: raise ValueError(f"{folder} holds no class folders; a labelled data set is one folder a class. For unlabelled files use data_set = recordings")
     return found
 
-# %% ../nbs/04d_datasets.ipynb #82e659a1
+# %% ../nbs/04d_datasets.ipynb #8a681fa7
 def list_recordings(
     root:str|Path,          # data_path
     dataset:Dataset,        # from the registry
@@ -125,7 +125,7 @@ def _recording(path, label, split, folder, dataset):
 
 def _ordered(recordings): return sorted(recordings, key=lambda r: (r.split, r.name))
 
-# %% ../nbs/04d_datasets.ipynb #30290b8c
+# %% ../nbs/04d_datasets.ipynb #a69cee80
 def _drawn_split(files, folder, dataset, val_fraction, seed):
     "Draw `val_fraction` of each class for validation."
     out = []
@@ -160,7 +160,7 @@ def _listed_split(files, folder, dataset, split_file):
     if left := len(have)-len(listed): print(f"{left:,} recordings of {folder} are not in {split_file.name}, and are left out")
     return _ordered(_recording(*have[k], s, folder, dataset) for k,(s,_) in listed.items())
 
-# %% ../nbs/04d_datasets.ipynb #af76d6b5
+# %% ../nbs/04d_datasets.ipynb #06530bf4
 def _settings(cfg):
     "What a store depends on: sensor of the data set, sensor as given, windows."
     d,dataset = cfg.data,find_dataset(cfg.data.data_set)
@@ -179,7 +179,7 @@ def store_path(
     key = [d.data_path, d.data_set, d.num_digits, d.split_file, d.val_fraction, d.split_seed, *_settings(cfg)]
     return Path(cfg.run.runs_dir)/'stores'/f'{d.data_set}-{hashlib.sha256(repr(key).encode()).hexdigest()[:8]}'
 
-# %% ../nbs/04d_datasets.ipynb #e72b4ecb
+# %% ../nbs/04d_datasets.ipynb #3ff0cd75
 def _sources(cfg):
     "The recordings of a configuration; those of `digits` are simulated first."
     d,root = cfg.data,Path(cfg.data.data_path)
@@ -214,7 +214,7 @@ def prepare(
           f"{len(m['refused'])} refused, split {m['split_hash']}; {time.time()-began:.1f} s")
     return folder
 
-# %% ../nbs/04d_datasets.ipynb #bc56c556
+# %% ../nbs/04d_datasets.ipynb #3469096c
 def prepare_samples(
     folder,        # the store
     train,         # `train[i]` is (events, target): a data set of tonic, or a list

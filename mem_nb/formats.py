@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ATIS', 'DAT', 'ORDER', 'FORMATS', 'EXTENSIONS', 'SIGNATURES', 'FOREIGN', 'RANGES', 'WRITERS', 'bin_columns',
            'write_bin', 'dat_header', 'dat_columns', 'write_dat', 'array_header', 'table_columns', 'npy_columns',
-           'npz_columns', 'write_npy', 'text_columns', 'file_format', 'recording_size', 'sensor_size', 'event_chunks',
-           'read_events', 'read_bin', 'read_dat', 'read_npy', 'read_npz', 'read_text', 'write_events']
+           'npz_columns', 'write_npy', 'text_columns', 'file_format', 'recording_size', 'sensor_size', 'open_recording',
+           'event_chunks', 'read_events', 'read_bin', 'read_dat', 'read_npy', 'read_npz', 'read_text', 'write_events']
 
 # %% ../nbs/02_formats.ipynb #a64f43ce
 import os, zipfile
@@ -235,9 +235,10 @@ def file_format(
     for magic,name in SIGNATURES.items():
         if head.startswith(magic): return name
     found = next((what for magic,what in FOREIGN.items() if head.startswith(magic)), None)
-    suffix,version = Path(path).suffix.lower(), raw_version(raw_header(path)[1])
+    suffix,lines = Path(path).suffix.lower(), head.startswith(b'%')
+    version = raw_version(raw_header(path)[1]) if lines else None
     if version in FORMATS: return version
-    if not found and not version and (header := dat_header(path)):
+    if lines and not found and not version and (header := dat_header(path)):
         if header[2]==DAT.itemsize and header[1] in (0,12): return 'dat'
         if suffix!='.bin': found = 'a file with the head of Prophesee DAT, but not of 8 bytes an event'
     if not found and suffix in EXTENSIONS and not version: return EXTENSIONS[suffix]
@@ -271,26 +272,27 @@ def _check_order(path, t, last, at, clock_bits, doubt):
     raise EventFileError(f"{path}: times run backwards at event {at+i}, {t[i]} µs after {before} µs; {why}")
 
 # %% ../nbs/02_formats.ipynb #a9aea32d
-def _checked(path, name, n, start_us, end_us, size, room):
-    "Check columns, cut the window out and write the events into what `room(k)` gives; yield that, piece by piece."
+def _checked(path, name, n, start_us, end_us, size):
+    "Check columns and cut the window out; yield columns x, y, t, p of at most n events, p bool."
     f,last,at = FORMATS[name],None,0
     limits = dict(RANGES, **({'y':(0,size[0]-1), 'x':(0,size[1]-1)} if size else {}))
-    for columns in f.columns(path, n, start_us):
-        for a,k in zip(columns, 'xytp'):
+    for x,y,t,p in f.columns(path, n, start_us):
+        for a,k in zip((x,y,t,p), 'xytp'):
             doubt = f.doubt or ('is the size of the sensor right, (H, W) = ' + str(tuple(size)) + '?' if size and k in 'xy' else '')
             _check_column(path, k, a, *limits[k], at, doubt)
-        t = columns[2]
         _check_order(path, t, last, at, f.clock_bits, f.doubt)
         last,at = int(t[-1]),at+len(t)
         a = 0 if start_us is None else int(np.searchsorted(t, start_us))
         b = len(t) if end_us is None else int(np.searchsorted(t, end_us))
-        for i in range(a, b, n):
-            events = room(min(n, b-i))
-            x,y,t_,p = (c[i:min(i+n, b)] for c in columns)
-            events['x'],events['y'],events['t'],events['p'] = x, y, t_, p if p.dtype==bool else p>0
-            yield events
+        p = p if p.dtype==bool else p>0
+        for i in range(a, b, n): yield tuple(c[i:min(i+n, b)] for c in (x,y,t,p))
         if end_us is not None and last>=end_us: return
     if not at: raise EventFileError(f"{path}: no events; leave this recording out")
+
+def _fill(events, columns):
+    "Columns into an event array of the same length."
+    for k,c in zip('xytp', columns): events[k] = c
+    return events
 
 @contextmanager
 def _naming(path, name):
@@ -305,7 +307,9 @@ def recording_size(
     path,        # a recording
 ) -> tuple:      # sensor `(H, W)` in pixels, or None where the format does not say
     "The sensor's size, from the header alone."
-    name = file_format(path)
+    return _header_size(path, file_format(path))
+
+def _header_size(path, name):
     with _naming(path, name): return FORMATS[name].size(path)
 
 def sensor_size(
@@ -314,13 +318,32 @@ def sensor_size(
     given=None,       # `(H, W)` that the caller gives
 ) -> tuple:           # `(H, W)`, or None if nobody knows
     "Trust the header, then the registry, then the caller. EventFileError if two that are known disagree."
-    known = {'its header':recording_size(path), 'the registry':registered, 'the caller':given}
+    return _one_size(path, recording_size(path), registered, given)
+
+def _one_size(path, header, registered, given):
+    known = {'its header':header, 'the registry':registered, 'the caller':given}
     known = {who:tuple(map(int, size)) for who,size in known.items() if size is not None}
     if len(set(known.values()))>1:
         raise EventFileError(f"{path}: sensor sizes (H, W) disagree: {', '.join(f'{who} says {size}' for who,size in known.items())}; correct one")
     return next(iter(known.values()), None)
 
 # %% ../nbs/02_formats.ipynb #4b5e1fa4
+def open_recording(
+    path,             # a recording of any of `FORMATS`
+    chunk:int=2**15,  # at most so many events a piece
+    start_us=None,    # first µs of the window, as the file counts; None for the beginning
+    end_us=None,      # first µs after it; None for the end
+    registered=None,  # sensor `(H, W)` that the registry of data sets gives
+    given=None,       # sensor `(H, W)` that the caller gives
+) -> tuple:           # sensor `(H, W)` or None; iterator of columns x, y, t in µs, p bool, each `(n,)`, n at least 1
+    "Look at a file once, then go through it in pieces, the quickest way; a piece is good until the next is asked for. Raises as `read_events`."
+    if chunk<1: raise ValueError(f"chunk should be at least 1 event, is {chunk}")
+    name = file_format(path)
+    size = _one_size(path, _header_size(path, name), registered, given)
+    def columns():
+        with _naming(path, name): yield from _checked(path, name, chunk, start_us, end_us, size)
+    return size, columns()
+
 def event_chunks(
     path,             # a recording of any of `FORMATS`
     chunk:int=2**16,  # at most so many events a piece
@@ -329,11 +352,7 @@ def event_chunks(
     size=None,        # sensor `(H, W)` in pixels, if known
 ):                    # iterator of `(n,)` events, n at least 1
     "Go through a recording in pieces, in memory that does not depend on its length. EventFileError as in `read_events`."
-    if chunk<1: raise ValueError(f"chunk should be at least 1 event, is {chunk}")
-    name = file_format(path)
-    size = sensor_size(path, given=size)
-    with _naming(path, name):
-        yield from _checked(path, name, chunk, start_us, end_us, size, lambda k: np.empty(k, EVENT_DTYPE))
+    for columns in open_recording(path, chunk, start_us, end_us, given=size)[1]: yield _fill(np.empty(len(columns[0]), EVENT_DTYPE), columns)
 
 def read_events(
     path,          # a recording of any of `FORMATS`
@@ -342,22 +361,22 @@ def read_events(
     size=None,     # sensor `(H, W)` in pixels, if known
 ) -> np.ndarray:   # `(N,)` events in order of time; none only where a window is empty
     "Read a recording, whatever wrote it. EventFileError for anything that is not one."
-    return _read(path, file_format(path), start_us, end_us, sensor_size(path, given=size))
+    name = file_format(path)
+    return _read(path, name, start_us, end_us, _one_size(path, _header_size(path, name), None, size))
 
 def _read(path, name, start_us=None, end_us=None, size=None):
     "Read a file of a format that is known."
     n,guess = 0, os.path.getsize(path)//FORMATS[name].event_bytes + 1 if start_us is None and end_us is None else 2**16
     events = np.empty(guess, EVENT_DTYPE)
-    def room(k):
-        nonlocal events, n
-        if n+k>len(events):
-            more = np.empty(2*(n+k), EVENT_DTYPE)
-            more[:n].view('V13')[:] = events[:n].view('V13')   # as bytes: field by field takes ten times as long
-            events = more
-        n += k
-        return events[n-k:n]
     with _naming(path, name):
-        for _ in _checked(path, name, 2**15, start_us, end_us, size, room): pass
+        for columns in _checked(path, name, 2**15, start_us, end_us, size):
+            k = len(columns[0])
+            if n+k>len(events):
+                more = np.empty(2*(n+k), EVENT_DTYPE)
+                more[:n].view('V13')[:] = events[:n].view('V13')   # as bytes: field by field takes ten times as long
+                events = more
+            _fill(events[n:n+k], columns)
+            n += k
     return events[:n] if 2*n>len(events) else events[:n].copy()
 
 # %% ../nbs/02_formats.ipynb #e47299da

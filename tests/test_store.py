@@ -52,7 +52,7 @@ def test_two_cameras_do_not_share_a_store(tmp_path):
     def source(name, sensor):
         (tmp_path/name).write_bytes(b'x')
         r = Recording(tmp_path/name, 'c', 'train', name, lambda *a, **k: iter([make_events([1],[1],[0],[1])]))
-        object.__setattr__(r, 'sensor', lambda *a: sensor)
+        object.__setattr__(r, 'open', lambda *a: (sensor, iter([tuple(np.array([v]) for v in (1,1,0,True))])))
         return r
     with pytest.raises(ValueError, match='two sensors in one store.*prepare each camera'):
         write_store([source('a', (34,34)), source('b', (180,240))], tmp_path/'store', workers=1)
