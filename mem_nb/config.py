@@ -38,7 +38,7 @@ class DataConfig:
     "Which recordings, and how they become frames."
     bare = 'all'
     data_path:str = ''               # folder of the recordings
-    data_set:str = 'folder'          # name in the registry: folder, npy, nmnist, ncaltech101, ncars, nimagenet, recordings, digits
+    data_set:str = 'folder'          # name in the registry: folder, npy, nmnist, ncaltech101, ncars, nimagenet, dsec, dvsgesture, recordings, digits
     num_digits:int = 2000            # recordings to simulate, for data_set = digits
     store_path:str = ''              # packed store; empty: runs_dir/stores/<data_set>-<hash>
     window_us:int = 0                # recordings without labels are cut every so many µs; 0: every slice_max_evs events
@@ -77,10 +77,8 @@ class DataConfig:
     positive = ('num_digits','input_H','input_W','slice_max_evs','voxel_bins','hotpix_num_stds','normalize_gain','gamma')
     unit = ('val_fraction','window_overlap','event_drop','flip','time_flip','scale','translate')
 
-    @property
-    def in_chans(self): return 3 if self.representation=='histogram' else self.voxel_bins
-    @property
-    def input_size(self): return (self.input_H, self.input_W)
+    in_chans = property(lambda self: 3 if self.representation=='histogram' else self.voxel_bins)
+    input_size = property(lambda self: (self.input_H, self.input_W))
 
 # %% ../nbs/00_config.ipynb #aec223d7
 @dataclass
@@ -213,12 +211,9 @@ class Config:
     finetune:FinetuneConfig = field(default_factory=FinetuneConfig)
     slurm:SlurmConfig = field(default_factory=SlurmConfig)
 
-    @property
-    def folder(self): return Path(self.run.runs_dir)/self.run.expweek/self.run.expname
-    @property
-    def patch(self): return 2**self.tokenizer.num_layers
-    @property
-    def grid(self): return (self.data.input_H//self.patch, self.data.input_W//self.patch)
+    folder = property(lambda self: Path(self.run.runs_dir)/self.run.expweek/self.run.expname)
+    patch = property(lambda self: 2**self.tokenizer.num_layers)
+    grid = property(lambda self: (self.data.input_H//self.patch, self.data.input_W//self.patch))
 
 # %% ../nbs/00_config.ipynb #b4e3346d
 def conf_keys() -> dict:  # conf key -> (section name, dataclass field)

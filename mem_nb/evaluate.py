@@ -100,8 +100,7 @@ def feature_probes(train_features, train_labels, val_features, val_labels, seed=
 
 def pretrained_encoder(cfg):
     "The encoder that finetuning starts from, or None where nothing was pretrained."
-    nothing = cfg.pretrain.skip and not (cfg.pretrain.checkpoint or cfg.finetune.checkpoint)
-    if nothing or not (path := pretrained_path(cfg)).is_file(): return None
+    if cfg.pretrain.skip and not (cfg.pretrain.checkpoint or cfg.finetune.checkpoint) or not (path := pretrained_path(cfg)).is_file(): return None
     return load_encoder(config_encoder(cfg), path).eval().to(pick_device(cfg.run.device))
 
 @torch.no_grad()
@@ -289,13 +288,12 @@ def html_picture(picture, alt):
     "A figure (it is closed) or a PNG file as a part of the page; None where there is none."
     if picture is None or isinstance(picture, Path) and not picture.is_file(): return None
     if isinstance(picture, Path): return xml.Img(src=f'data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}', alt=alt)
-    width = 96*getattr(picture, 'figure', picture).get_figwidth()
-    return xml.Img(src=f'data:image/png;base64,{fig_to_base64(picture, dpi=140)}', alt=alt, style=f'width:{width:.0f}px')
+    width = f"width:{96*getattr(picture, 'figure', picture).get_figwidth():.0f}px"
+    return xml.Img(src=f'data:image/png;base64,{fig_to_base64(picture, dpi=140)}', alt=alt, style=width)
 
 def html_section(title, text, *parts):
     "Heading, a sentence, tables and pictures; empty where there are none of these."
-    parts = [p for p in parts if p is not None]
-    return xml.Section(xml.H2(title), xml.P(text), *parts) if parts else ''
+    return xml.Section(xml.H2(title), xml.P(text), *shown) if (shown := [p for p in parts if p is not None]) else ''
 
 # %% ../nbs/15_evaluate.ipynb #5a74010b
 def accuracy_table(table, gain):

@@ -6,7 +6,7 @@
 __all__ = ['CHUNK', 'GROUP', 'checked_columns', 'file_hash', 'Recording', 'Sample', 'Window', 'count_windows', 'TimeWindows',
            'Row', 'pack_chunk', 'pack_source', 'source_groups', 'Turn', 'write_whole', 'done_groups', 'write_split']
 
-# %% ../nbs/04b_pack.ipynb #01fe41ef
+# %% ../nbs/04b_pack.ipynb #0530577a
 import errno, hashlib, json, multiprocessing, os, shutil, sys, tempfile, time, zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from .events import check_events, make_events, pack_events
 from .formats import open_recording
 
-# %% ../nbs/04b_pack.ipynb #0c59a104
+# %% ../nbs/04b_pack.ipynb #3c1c4232
 CHUNK = 2**15  # events at a time: what a core's cache holds
 
 def checked_columns(
@@ -60,7 +60,7 @@ class Recording:
     def digest(self): return file_hash(self.path)
     def stamp(self): return f'{(s := os.stat(self.path)).st_size} {s.st_mtime_ns}'
 
-# %% ../nbs/04b_pack.ipynb #f6cb6e54
+# %% ../nbs/04b_pack.ipynb #494cca91
 @dataclass(frozen=True)
 class Sample:
     "One sample of a data set in memory or of another library, such as tonic: `data[index]` is (events, target)."
@@ -85,7 +85,7 @@ class Sample:
     def digest(self): return hashlib.sha256(self.events.tobytes()).hexdigest()
     def stamp(self): return self.digest()
 
-# %% ../nbs/04b_pack.ipynb #3bced442
+# %% ../nbs/04b_pack.ipynb #fed44c4d
 @dataclass(frozen=True)
 class Window:
     "How recordings without labels are cut."
@@ -104,7 +104,7 @@ def count_windows(
     starts = np.arange(0, max(n-(window.count-window.stride), 1), window.stride)
     return np.stack([starts, np.minimum(starts+window.count, n)], 1)
 
-# %% ../nbs/04b_pack.ipynb #22472d38
+# %% ../nbs/04b_pack.ipynb #b84f5b9e
 class TimeWindows:
     "Windows of `window.us` µs, of times that come a chunk at a time; a window in which nothing happened is left out."
     most = 2**24   # windows of one recording
@@ -131,7 +131,7 @@ class TimeWindows:
         stops = np.concatenate([*self.stops, np.full(len(starts), self.seen)])[:len(starts)]
         return np.stack([starts, stops], 1)[starts<stops]
 
-# %% ../nbs/04b_pack.ipynb #0039a696
+# %% ../nbs/04b_pack.ipynb #21106848
 class Row:
     "A row of packed events: in memory, and what is too long for it in a temporary file of `folder`."
     def __init__(self,
@@ -164,7 +164,7 @@ class Row:
         out.write(self.words[:self.used].data)
         self.rewind(0)
 
-# %% ../nbs/04b_pack.ipynb #baa65ab3
+# %% ../nbs/04b_pack.ipynb #03a97a08
 def pack_chunk(
     columns:tuple,  # x, y, t, p, each `(n,)`, sound
     first:int,      # time to count from, µs
@@ -182,7 +182,7 @@ def pack_chunk(
     word <<= 25; word |= low
     return top, word
 
-# %% ../nbs/04b_pack.ipynb #387647ff
+# %% ../nbs/04b_pack.ipynb #e5bf41fd
 def pack_source(
     source,          # Recording or Sample
     row:Row,         # takes the packed events
@@ -208,7 +208,7 @@ def pack_source(
                     sensor=size and list(size), sha256=source.digest(), crc32=crc, windows=windows.tolist())
     except BaseException: row.rewind(start); raise
 
-# %% ../nbs/04b_pack.ipynb #cecb8dfb
+# %% ../nbs/04b_pack.ipynb #9bd9515a
 GROUP = 2**23   # bytes of sources in a group
 
 def source_groups(
@@ -243,7 +243,7 @@ class Turn:
         "Nobody need wait any longer."
         with self.moved: self._set(-1, 0)
 
-# %% ../nbs/04b_pack.ipynb #7cae54f4
+# %% ../nbs/04b_pack.ipynb #414d5ca5
 def write_whole(
     path:Path,  # file
     text:str,   # what it holds
@@ -278,11 +278,17 @@ def _pack_group(group, start, stop):
     write_whole(folder/f'{split}-{group:07d}.json', json.dumps(dict(place=place, size=size, stop=stop, facts=facts, refused=refused)))
     return sum(f['events'] for f in facts), stop-start
 
-# %% ../nbs/04b_pack.ipynb #82b3c5a2
+# %% ../nbs/04b_pack.ipynb #c114d2fb
+def _crc32(file, size, piece=2**20):
+    "Checksum of the next `size` bytes."
+    crc = 0
+    for i in range(0, size, piece): crc = zlib.crc32(file.read(min(piece, size-i)), crc)
+    return crc
+
 def _sound(file, note):
     "Do the events that a group's note speaks of lie in the file?"
     file.seek(note['place'])
-    return all(zlib.crc32(file.read(8*f['events']))==f['crc32'] for f in note['facts'])
+    return all(_crc32(file, 8*f['events'])==f['crc32'] for f in note['facts'])
 
 def done_groups(
     folder:Path,  # where the store is being written
@@ -300,7 +306,7 @@ def done_groups(
         if int(path.stem.rpartition('-')[2])>=group: path.unlink()
     return group,end,stop
 
-# %% ../nbs/04b_pack.ipynb #28c6d061
+# %% ../nbs/04b_pack.ipynb #d90fb403
 def _processes(): return multiprocessing.get_context('fork' if sys.platform=='linux' else 'spawn')
 
 def write_split(
