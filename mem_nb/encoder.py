@@ -6,7 +6,7 @@
 __all__ = ['default_cfgs', 'RGB', 'to_patches', 'from_patches', 'build_encoder', 'config_encoder', 'mem_tiny_patch4_32',
            'mem_small_patch16_224', 'mem_base_patch16_224', 'encoder_args', 'attention_maps', 'near_bias',
            'encode_patches', 'sincos_positions', 'features', 'share_to_block_bias', 'resize_bias', 'read_encoder',
-           'load_encoder', 'rgb_weights', 'from_vit']
+           'check_fit', 'load_encoder', 'rgb_weights', 'from_vit']
 
 # %% ../nbs/11_encoder.ipynb #e539fdb8
 from math import isqrt, pi
@@ -81,7 +81,7 @@ def config_encoder(
                          e.init_values, shared_bias, num_classes, abs_pos=cfg.pretrain.pretrained,
                          position_start=e.position_start)
 
-# %% ../nbs/11_encoder.ipynb #59d3a150
+# %% ../nbs/11_encoder.ipynb #c7e4448f
 _MEM = dict(img_size=224, patch_size=16, num_classes=0, use_abs_pos_emb=False, init_values=.1, head_init_scale=1.)
 _CFG = dict(mean=(0.,)*3, std=(1.,)*3, first_conv='patch_embed.proj', classifier='head', license='apache-2.0')
 default_cfgs = generate_default_cfgs(dict(
@@ -110,7 +110,7 @@ def mem_base_patch16_224(pretrained=False, **kwargs) -> Beit:
     "The paper's ViT-B/16: 224×224, width 768, 12 blocks, 12 heads."
     return _registered('mem_base_patch16_224', pretrained, kwargs, embed_dim=768, depth=12, num_heads=12)
 
-# %% ../nbs/11_encoder.ipynb #c0bc37dc
+# %% ../nbs/11_encoder.ipynb #04883495
 def encoder_args(
     model:Beit,  # encoder or classifier
 ) -> dict:       # arguments of `timm.models.beit.Beit`, JSON can hold them
@@ -249,6 +249,20 @@ def read_encoder(
     own = {k.removeprefix('encoder.'):v for k,v in weights.items() if k.startswith('encoder.')} or weights
     return {k:v for k,v in own.items() if not k.startswith('head.') and not k.endswith('relative_position_index')}
 
+# %% ../nbs/11_encoder.ipynb #a8785a75
+def check_fit(
+    state:dict,       # tensors by name
+    want:dict,        # those of the model
+    name:str|Path,    # what to call them in the error
+    advice:str,       # what to do about it
+):
+    "Raise ValueError naming weights that are missing, extra or misshapen."
+    wrong = {k:(tuple(v.shape), tuple(want[k].shape)) for k,v in state.items() if k in want and v.shape!=want[k].shape}
+    told = dict(missing=sorted(want.keys()-state.keys()), extra=sorted(state.keys()-want.keys()),
+                misshapen=[f'{k} {a}, the model has {b}' for k,(a,b) in wrong.items()])
+    lines = [f"{what}: {', '.join(names[:4])}{' …' if len(names)>4 else ''}" for what,names in told.items() if names]
+    if lines: raise ValueError(f"{name} come from another model. {'; '.join(lines)}. {advice}")
+
 # %% ../nbs/11_encoder.ipynb #07098981
 def load_encoder(
     model:Beit,             # changed in place; its head stays as it is
@@ -262,23 +276,13 @@ def load_encoder(
     if grid is not None and tuple(grid)!=new_grid: state = _resize_positions(state, grid, new_grid)
     if 'norm.weight' not in want:                         # a classifier norms the mean, by a norm of its own
         state = {k:v for k,v in state.items() if not k.startswith('norm.')}
-    _check_fit(state, {k:v for k,v in want.items() if not k.startswith('head.')}, weights)
+    own = ('head.', 'fc_norm.') if 'fc_norm.weight' not in state else 'head.'
+    check_fit(state, {k:v for k,v in want.items() if not k.startswith(own)}, 'these weights' if isinstance(weights, dict) else weights,
+              "Use the configuration that they were pretrained with; where only the frame size differs, pass their grid")
     model.load_state_dict(state, strict=False)
     return model
 
-def _check_fit(state, want, weights):
-    "Raise ValueError naming the weights that do not fit."
-    wrong = {k:(tuple(v.shape), tuple(want[k].shape)) for k,v in state.items() if k in want and v.shape!=want[k].shape}
-    told = dict(missing=sorted(k for k in want.keys()-state.keys() if not k.startswith('fc_norm.')),
-                extra=sorted(state.keys()-want.keys()),
-                misshapen=[f'{k} {a}, the model has {b}' for k,(a,b) in wrong.items()])
-    lines = [f"{what}: {', '.join(names[:4])}{' …' if len(names)>4 else ''}" for what,names in told.items() if names]
-    if not lines: return
-    name = 'these weights' if isinstance(weights, dict) else weights
-    raise ValueError(f"{name} come from another encoder. {'; '.join(lines)}. Use the configuration that they were "
-                     "pretrained with; where only the frame size differs, pass their grid")
-
-# %% ../nbs/11_encoder.ipynb #ed2d7561
+# %% ../nbs/11_encoder.ipynb #aefbebe0
 RGB = 'vit_base_patch16_224'   # what `pretrained = 1` takes where no file is given
 
 def rgb_weights(
