@@ -6,7 +6,7 @@
 __all__ = ['ALLOWED', 'KINDS', 'read_original', 'original_weights', 'original_grid', 'original_encoder', 'our_names',
            'original_model', 'load_original']
 
-# %% ../nbs/13c_original.ipynb #c849363a
+# %% ../nbs/13c_original.ipynb #40a21b92
 import argparse, pickle, re
 from math import isqrt
 from pathlib import Path
@@ -16,7 +16,7 @@ from .encoder import build_encoder, check_fit, from_vit
 from .pretrain import MaskedAutoencoder, MaskedEventModel
 from .tokenizer import EventVAE, guess_shape
 
-# %% ../nbs/13c_original.ipynb #3b36b763
+# %% ../nbs/13c_original.ipynb #6621621c
 _SCALAR = np.float64(0).__reduce__()[0]
 ALLOWED = [argparse.Namespace, np.dtype, *(type(np.dtype(k)) for k in ('bool','int32','int64','float32','float64')),
            *((_SCALAR, f'{place}.multiarray.scalar') for place in ('numpy.core','numpy._core'))]
@@ -37,7 +37,7 @@ def read_original(
     if not isinstance(saved, dict): raise ValueError(f"{path} holds a {type(saved).__name__}, not a checkpoint")
     return saved
 
-# %% ../nbs/13c_original.ipynb #dab5cade
+# %% ../nbs/13c_original.ipynb #6f45bc89
 KINDS = dict(tokenizer='codebook.weight', mae='decoder_embed.weight', pretrain='lm_head.weight', finetune='head.weight')
 _TABLE,_INDEX = 'relative_position_bias_table','relative_position_index'
 
@@ -75,7 +75,7 @@ def original_grid(
         raise ValueError("the shape of its frames cannot be told from the weights; say size=(H, W) in pixels")
     return square
 
-# %% ../nbs/13c_original.ipynb #96556a99
+# %% ../nbs/13c_original.ipynb #27f6bb07
 def _depth(state, stem):
     "How many blocks there are."
     return 1+max((int(k.removeprefix(stem).split('.')[0]) for k in state if k.startswith(stem)), default=-1)
@@ -101,7 +101,7 @@ def original_encoder(
                 mlp_ratio=state['blocks.0.mlp.fc1.bias'].shape[0]/width, abs_pos='pos_embed' in state,
                 shared_bias=not any(k.startswith('blocks.') and k.endswith(_TABLE) for k in state))
 
-# %% ../nbs/13c_original.ipynb #991290ca
+# %% ../nbs/13c_original.ipynb #e5e556bc
 _RENAMED = dict(pretrain={'lm_head':'head', 'mask_token':'mask_token'},
                 mae=dict(decoder_embed='embed', decoder_blocks='blocks', decoder_norm='norm', decoder_pred='pixels', mask_token='mask_token'))
 
@@ -126,7 +126,7 @@ def our_names(
     stem = '' if kind=='finetune' else 'encoder.'
     return {stem+k:v for k,v in inner.items()} | {own[k.split('.')[0]]+k[len(k.split('.')[0]):]:v for k,v in kept.items()}
 
-# %% ../nbs/13c_original.ipynb #81e7c872
+# %% ../nbs/13c_original.ipynb #ca4d94c0
 def original_model(
     kind:str,           # of `KINDS`
     state:dict,         # tensors under the original's names
