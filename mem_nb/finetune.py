@@ -10,7 +10,7 @@ __all__ = ['build_classifier', 'classifier_optimizer', 'predict', 'accuracy_metr
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
-from timm.optim import create_optimizer_v2
+from timm.optim import param_groups_layer_decay
 from torch import nn
 from .config import Config
 from .store import EventStore, split_hash
@@ -36,14 +36,16 @@ def build_classifier(
 def classifier_optimizer(
     model:nn.Module,           # timm Beit
     lr:float,                  # learning rate of the head
-    weight_decay:float=.05,    # AdamW's; not on biases, norms and tables
+    weight_decay:float=.05,    # AdamW's; not on biases, norms, layer scales, class token and absolute positions
     layer_decay:float=1.,      # learning rate of a block over that of the block above
     freeze:bool=False,         # train the head only
-) -> torch.optim.Optimizer:    # its groups carry `lr_scale`
+    betas:tuple=(.9,.999),     # AdamW's; the original had (.9, .95) whatever was asked
+) -> torch.optim.AdamW:        # its groups carry `lr_scale`
     "AdamW with a learning rate a layer (Clark et al. 2020, BEiT)."
     if freeze:
         for name,p in model.named_parameters(): p.requires_grad = name.startswith(('head','fc_norm'))
-    return create_optimizer_v2(model, 'adamw', lr, weight_decay, layer_decay=layer_decay)
+    groups = param_groups_layer_decay(model, weight_decay, ['cls_token','pos_embed'], layer_decay=layer_decay)
+    return torch.optim.AdamW(groups, lr, betas)
 
 # %% ../nbs/13_finetune.ipynb #30724110
 @torch.no_grad()

@@ -23,8 +23,8 @@ from .config import Config, DataConfig
 from .store import EventStore
 from .datasets import prepared
 from .data import eval_batches, make_frames, num_steps, train_batches
-from .encoder import (config_encoder, encode_patches, from_patches, from_vit, load_encoder, sincos_positions,
-                            to_patches)
+from .encoder import (config_encoder, encode_patches, from_patches, from_vit, load_encoder, rgb_weights,
+                            sincos_positions, to_patches)
 from .masking import make_masks, patch_events
 from .tokenizer import load_tokenizer, tokenizer_path, mean_frame
 from .train import cosine_schedule, fit, load_weights, step_seed, step_settings, weights_hash
@@ -256,12 +256,11 @@ def build_model(
 ) -> nn.Module:
     "The model that pretraining trains; raises where the weights it should start from are missing or do not fit."
     p,e = cfg.pretrain,cfg.encoder
-    if p.pretrained and not p.checkpoint: raise ValueError("pretrained = 1 needs pt_checkpoint: weights of timm's ViT")
     encoder = config_encoder(cfg, p.dropout)
     heads = max(3, e.emb//48)
     decoder = (32*heads, max(2, 2*e.depth//3), heads)               # the paper's, 512 × 8, in proportion
     model = MaskedAutoencoder(encoder, *decoder) if p.mae else MaskedEventModel(encoder, cfg.tokenizer.num_tokens)
-    if p.pretrained: load_encoder(encoder, from_vit(p.checkpoint, encoder))
+    if p.pretrained: load_encoder(encoder, from_vit(p.checkpoint or rgb_weights(encoder), encoder))
     elif p.checkpoint: load_weights(model, p.checkpoint)
     return model
 

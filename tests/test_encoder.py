@@ -146,3 +146,24 @@ def test_encoder_of_a_configuration():
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(86e6, rel=.01)
     assert model.pos_embed is None and model.patch_embed.grid_size == (14,14) and len(model.blocks) == 12
     assert model.blocks[-1].drop_path1.drop_prob == pytest.approx(.1)
+
+def test_frames_that_are_not_made_of_patches_are_refused():
+    with pytest.raises(ValueError, match='not made of patches of 8'): build_encoder((32,36), 8, **tiny)
+    with pytest.raises(ValueError, match='multiple of heads'): build_encoder((32,32), 8, width=50, depth=1, heads=3)
+
+def test_red_green_blue_become_brighter_time_darker():
+    vit = spread(VisionTransformer(32, 8, embed_dim=48, depth=3, num_heads=3, num_classes=7))
+    model = load_encoder(build_encoder((32,32), 8, **tiny, abs_pos=True), from_vit(vit.state_dict(), build_encoder((32,32), 8, **tiny, abs_pos=True)))
+    assert torch.equal(model.patch_embed.proj.weight, vit.patch_embed.proj.weight)
+
+def test_rgb_weights_ask_the_hub_only_for_a_fitting_encoder(monkeypatch):
+    import timm
+    from mem_nb.encoder import rgb_weights
+    with pytest.raises(ValueError, match='pt_checkpoint'): rgb_weights(build_encoder((32,32), 8, **tiny))
+    create = timm.create_model
+    def offline(name, pretrained=False, **kw):
+        if pretrained: raise ConnectionError('no network')
+        return create(name, **kw)
+    monkeypatch.setattr(timm, 'create_model', offline)
+    with torch.device('meta'): paper = build_encoder((224,224), 16, abs_pos=True)
+    with pytest.raises(OSError, match='vit_base_patch16_224 could not be fetched.*pt_checkpoint'): rgb_weights(paper)

@@ -208,3 +208,8 @@ def test_start_from_rgb_weights(root):
 def test_other_settings_refuse_an_old_folder(root):
     pretrain(configure(root, 'expname=old', 'pt_epochs=1'))
     with pytest.raises(ValueError, match='pt_lr'): pretrain(configure(root, 'expname=old', 'pt_epochs=1', 'pt_lr=1e-4'))
+
+def test_weights_of_another_kind_and_masks_that_do_not_fit_are_told(root):
+    with pytest.raises(ValueError, match='missing: .*encoder.*extra: .*codebook|missing: .*extra: '): build_model(configure(root, f'pt_checkpoint={root}/vae.safetensors'))
+    for n in (0, 16, -1):
+        with pytest.raises(ValueError, match='num_mask_patches'): configure(root, f'num_mask_patches={n}')
