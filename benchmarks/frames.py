@@ -12,8 +12,9 @@ def recording(seed, n=100_000, size=SIZE):
     "Words of a recording in which some places are busier than others, as an edge that moves leaves them."
     rng = np.random.default_rng(seed)
     h,w = size
-    x = np.clip(rng.normal(w*rng.random(n), 6), 0, w-1).astype(np.uint64)
-    y = np.clip(rng.normal(h/2, h/5, n), 0, h-1).astype(np.uint64)
+    edges = rng.random(12)[rng.integers(0, 12, n)]
+    x = (rng.normal(w*edges, 6)%w).astype(np.uint64)
+    y = (rng.normal(h/2, h/4, n)%h).astype(np.uint64)
     t = np.sort(rng.integers(0, 300_000, n)).astype(np.uint64)
     return x | y<<np.uint64(12) | rng.integers(0, 2, n).astype(np.uint64)<<np.uint64(24) | t<<np.uint64(25)
 

@@ -11,9 +11,10 @@ __all__ = ['LUMA', 'GEOMETRIC', 'COLOR', 'OPS', 'flip_x', 'reverse_events', 'tim
 # %% ../nbs/06_augment.ipynb #1cbcae64
 import math
 from dataclasses import replace
+from functools import reduce
 import torch
 import torch.nn.functional as F
-from .frames import EventBatch, keep, move_events
+from .frames import EventBatch, keep, move_events, pixel_map
 
 # %% ../nbs/06_augment.ipynb #1b90a53a
 def _uniform(low, high, shape, generator, device):
@@ -163,13 +164,14 @@ def affine_events(
     generator:torch.Generator,  # source of chance
 ) -> EventBatch:
     "Rotate, scale and shift the events of each sample by the draw that `affine_frames` would make."
-    return move_events(batch, draw_tilt(len(batch), batch.size, rotate_deg, scale, shift, generator))
+    tilt = draw_tilt(len(batch), batch.size, rotate_deg, scale, shift, generator).to(batch.x.device)
+    return move_events(batch, pixel_map(tilt, batch.size))
 
 # %% ../nbs/06_augment.ipynb #b5edb324
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601: the original's colour operations read the channels as red, green, blue
 
-def _gray(x, channels): return sum(x[:,i:i+1]*LUMA[c] for i,c in enumerate(channels))
-def _blend(a, b, ratio): return torch.lerp(b, a, ratio).clamp_(0,1)
+def _gray(x, channels): return reduce(torch.Tensor.add_, (x[:,i:i+1]*LUMA[c] for i,c in enumerate(channels)))
+def _blend(a, b, ratio): return (a*ratio).add_(b*(1-ratio)).clamp_(0,1)
 def _view(frames, channels): return frames[:,channels[0]::channels[1]-channels[0]] if len(channels)>1 else frames
 
 def jitter_frames(
@@ -315,13 +317,9 @@ def ops_map(
     size:tuple,             # `(H, W)` of the picture in pixels
 ) -> torch.Tensor:          # `(B, 2, 3)`
     "All that the geometric operations move, as one map."
-    still = torch.tensor([[1.,0,0],[0,1,0]], device=strength.device).expand(ops.shape[1],2,3)
-    total = still
-    for op,m in zip(ops, strength):
-        here = still
-        for name,f in GEOMETRIC.items(): here = torch.where((op==OPS.index(name))[:,None,None], _matrix(*f(m, *size)), here)
-        total = join_maps(total, here)
-    return total
+    still = torch.tensor([[1.,0,0],[0,1,0]], device=strength.device)
+    each = sum(_matrix(*f((strength*(ops==OPS.index(name))).flatten(), *size))-still for name,f in GEOMETRIC.items())
+    return reduce(join_maps, (each+still).view(*ops.shape,2,3))   # of strength 0 each operation is the identity
 
 def rand_augment(
     frames:torch.Tensor,        # `(B, 3, H, W)` in 0…1

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['POLARITY', 'REPRESENTATIONS', 'event_histogram', 'EventBatch', 'batch_events', 'unbatch_events', 'PackedBatch',
-           'keep', 'flat_place', 'histogram', 'moved', 'move_events', 'count_events', 'relative_time', 'time_surface',
-           'voxel_grid', 'stretch_frames', 'resize_frames', 'remove_hot_pixels', 'normalize_frames', 'log_transform',
-           'gamma_transform', 'raw_frames', 'scale_frames', 'to_frames']
+           'keep', 'flat_place', 'histogram', 'pixel_map', 'moved', 'move_events', 'count_events', 'relative_time',
+           'time_surface', 'voxel_grid', 'stretch_frames', 'resize_frames', 'remove_hot_pixels', 'normalize_frames',
+           'log_transform', 'gamma_transform', 'raw_frames', 'scale_frames', 'to_frames']
 
 # %% ../nbs/05_frames.ipynb #da97bd70
 import math
@@ -95,7 +95,7 @@ def unbatch_events(
     events = make_events(*(v.cpu().numpy() for v in (batch.x, batch.y, batch.t, batch.p)))
     return np.split(events, batch.offsets[1:-1].cpu().numpy())
 
-# %% ../nbs/05_frames.ipynb #a0aef877
+# %% ../nbs/05_frames.ipynb #d13567b6
 @dataclass
 class PackedBatch(_Ragged):
     "Events of many samples as they lie in a store, 8 bytes each."
@@ -143,50 +143,52 @@ def histogram(
     (h,w),b = batch.size,len(batch)
     return torch.bincount(flat_place(batch, (~batch.p).int(), 2), minlength=b*2*h*w).view(b,2,h,w)
 
-# %% ../nbs/05_frames.ipynb #cf2749c5
-def _forward(matrix, old, new):
-    "Six `(B,)` coefficients that take pixel `(x, y)` of a frame of `old` size to one of `new` size; half a pixel is added for `floor`."
+# %% ../nbs/05_frames.ipynb #a008f920
+def pixel_map(
+    matrix:torch.Tensor,  # `(B, 2, 3)`: (x, y) of the new frame looks at `A @ (x, y) + b` of the old, in pixels from the centre
+    old:tuple,            # `(H, W)` of the old frame
+    new:tuple=None,       # `(H, W)` of the new one; None: the same
+) -> torch.Tensor:        # `(2, 3, B)`: event (x, y) goes to the floor of `go[:,0]*x + go[:,1]*y + go[:,2]`
+    "The way that events go: the inverse, in pixels from the corner."
     (a,b,c),(d,e,f) = matrix.float().permute(1,2,0)
-    det = a*e - b*d
-    a,b,d,e = e/det, -b/det, -d/det, a/det
-    cy,cx,ny,nx = ((n-1)/2 for n in (*old, *new))
-    return (a, b, nx+.5 - a*(c+cx) - b*(f+cy)), (d, e, ny+.5 - d*(c+cx) - e*(f+cy))
+    (cy,cx),(ny,nx) = (((h-1)/2,(w-1)/2) for h,w in (old, new or old))
+    det,c,f = a*e - b*d, c+cx, f+cy
+    rows = (e/det, -b/det, (b*f-e*c)/det + nx+.5), (-d/det, a/det, (d*c-a*f)/det + ny+.5)
+    return torch.stack([torch.stack(r) for r in rows])
 
 def moved(
-    batch:EventBatch,     # events of B samples
-    matrix:torch.Tensor,  # `(B, 2, 3)`: (x, y) of the new frame looks at `A @ (x, y) + b` of the old, in pixels from the centre
-    size:tuple=None,      # `(H, W)` of the new frame; None: the sensor's
-) -> tuple:               # x and y `(N,)`, whole numbers in float32; some lie outside
+    batch:EventBatch,  # events of B samples
+    go:torch.Tensor,   # `(2, 3, B)` from `pixel_map`
+) -> tuple:            # x and y `(N,)`, whole numbers in float32; some lie outside
     "Where each event goes, rounded to the pixel."
     x,y = batch.x.float(),batch.y.float()
-    ways = _forward(matrix.to(x.device), batch.size, size or batch.size)
-    return tuple((x*batch.spread(a)).add_(y*batch.spread(b)).add_(batch.spread(c)).floor_() for a,b,c in ways)
+    return tuple((x*batch.spread(a)).add_(y*batch.spread(b)).add_(batch.spread(c)).floor_() for a,b,c in go)
 
 def move_events(
-    batch:EventBatch,     # events of B samples
-    matrix:torch.Tensor,  # `(B, 2, 3)`, as in `moved`
-    size:tuple=None,      # `(H, W)` of the new frame; None: the sensor's
+    batch:EventBatch,  # events of B samples
+    go:torch.Tensor,   # `(2, 3, B)` from `pixel_map`
+    size:tuple=None,   # `(H, W)` of the new frame; None: the sensor's
 ) -> EventBatch:
     "Move the events of each sample by its own map; those that leave are dropped."
     h,w = size = tuple(size or batch.size)
-    x,y = moved(batch, matrix, size)
+    x,y = moved(batch, go)
     return keep(replace(batch, x=x.int(), y=y.int(), size=size), (x>=0)&(x<w)&(y>=0)&(y<h))
 
-# %% ../nbs/05_frames.ipynb #98d27cfe
+# %% ../nbs/05_frames.ipynb #97d0bf27
 def count_events(
-    batch:EventBatch,          # events of B samples
-    matrix:torch.Tensor=None,  # `(B, 2, 3)`, as in `moved`; None: they stay where they are
-    size:tuple=None,           # `(H, W)` of the frame; None: the sensor's
-) -> torch.Tensor:             # `(B, 2, H, W)` float32, brighter and darker; stored as `(W, B, 2, H)`
+    batch:EventBatch,      # events of B samples
+    go:torch.Tensor=None,  # `(2, 3, B)` from `pixel_map`; None: they stay where they are
+    size:tuple=None,       # `(H, W)` of the new frame; None: the sensor's
+) -> torch.Tensor:         # `(B, 2, H, W)` float32, brighter and darker; stored as `(W, B, 2, H)`
     "The histogram of moved events, without dropping any before."
     (h,w),b = size or batch.size,len(batch)
-    x,y = (batch.x.float(),batch.y.float()) if matrix is None else moved(batch, matrix, size)
-    x,y = x.clamp_(-1,w),y.clamp_(-1,h)
-    total = (w+2)*b*2*(h+2)
-    kind = torch.float32 if total<2**24 else torch.int64      # float32 is exact up to here, and fast
-    block = batch.spread(torch.arange(b, device=x.device)).to(kind)*(2*(h+2)) if b>1 else 0
-    place = x.to(kind).add_(1).mul_(b*2*(h+2)).add_(y.to(kind)).add_(block+h+3).sub_(batch.p.view(torch.uint8).to(kind), alpha=h+2)
-    counts = torch.zeros(total, device=x.device).scatter_add_(0, place.long(), torch.ones_like(x))
+    x,y = (batch.x.float(),batch.y.float()) if go is None else moved(batch, go)
+    kind = torch.float32 if (w+2)*b*2*(h+2)<2**24 else torch.int64   # float32 is exact up to here, and fast
+    place = y.clamp_(-1,h).to(kind).add_(x.clamp_(-1,w).to(kind), alpha=b*2*(h+2))
+    place.sub_(batch.p.view(torch.uint8).to(kind), alpha=h+2)
+    if b>1: place.add_(batch.spread(torch.arange(b, device=x.device, dtype=kind)*(2*(h+2))))
+    place = place.add_(b*2*(h+2) + h+2 + 1).long()                  # the margin, and darker after brighter
+    counts = x.new_zeros((w+2)*b*2*(h+2)).scatter_add_(0, place, torch.ones_like(x))
     return counts.view(w+2, b, 2, h+2)[1:-1,:,:,1:-1].permute(1,2,3,0)
 
 # %% ../nbs/05_frames.ipynb #f9ca3b2f
@@ -242,7 +244,7 @@ def stretch_frames(
     (b,c,h,w),(new_h,new_w) = frames.shape,size
     columns = _mix(frames.permute(3,0,1,2).reshape(w,-1), new_w)                          # (new_w, B*C*h)
     rows = _mix(columns.view(new_w, b*c, h).permute(2,1,0).reshape(h,-1), new_h)          # (new_h, B*C*new_w)
-    return rows.view(new_h, b, c, new_w).permute(1,2,0,3).contiguous()
+    return rows.view(new_h, b, c, new_w).permute(1,2,0,3)
 
 def resize_frames(
     frames:torch.Tensor,  # `(B, C, H, W)` float32
@@ -266,18 +268,17 @@ def _on(f, frames, channels):
     out[:,channels] = f(x)
     return out
 
-def _top(x):
-    "The largest size of a value in each sample, `(B, 1, 1, 1)`."
-    x = x.flatten(1)
-    return torch.maximum(x.amax(1), -x.amin(1)).view(-1,1,1,1)
+def _column(v): return v.view(-1,1,1,1)
+def _top(x): return _column(torch.maximum(x.amax((1,2,3)), -x.amin((1,2,3))))   # largest size of a value in each sample
 
 def _cool_(x, num_stds):
     "Zero hot pixels in place, judged over all channels; mean and deviation come from two sums, in one pass each."
-    flat,n = x.flatten(1).abs(),x[0].numel()
-    mean,square = flat.sum(1).double()/n,torch.linalg.vecdot(flat, flat).double()
-    limit = (mean + num_stds*((square-n*mean**2).clamp(min=0)/(n-1)).sqrt()).float()
-    if not x.is_cuda and not (flat.amax(1)>limit).any(): return x    # the common case; on a GPU asking costs more
-    return x.mul_(flat.view_as(x).amax(1, keepdim=True) <= limit.view(-1,1,1,1))
+    n,flat = x[0].numel(),x.flatten(2)    # (B, C, H*W)
+    total = (x.abs() if x.is_cuda or x.min()<0 else x).sum((1,2,3))
+    mean,square = total.double()/n,torch.linalg.vecdot(flat, flat).sum(1).double()
+    limit = _column((mean + num_stds*((square-n*mean**2).clamp(min=0)/(n-1)).sqrt()).float())
+    if not x.is_cuda and not (_top(x)>limit).any(): return x    # the common case; on a GPU asking costs more
+    return x.mul_((x.abs() <= limit).all(1, keepdim=True))
 
 def remove_hot_pixels(
     frames:torch.Tensor,  # `(B, C, H, W)` float
@@ -364,19 +365,19 @@ def to_frames(
     gain:float=1.,                   # times this, clipped at 1
     log:bool=False,                  # log(1 + count)
     gamma:float=None,                # then value ** gamma
-    matrix:torch.Tensor=None,        # `(B, 2, 3)` map of the events, as in `moved`; None: they stay
-    grid:tuple=None,                 # `(H, W)` on which they are counted; None: the sensor's
-    out:torch.Tensor=None,           # `(B, C, H, W)` zeros to write into; None: new ones
+    go:torch.Tensor=None,            # `(2, 3, B)` from `pixel_map`, moves the events; None: they stay
+    grid:tuple=None,                 # `(H, W)` on which they are then counted; None: the sensor's
+    out:torch.Tensor=None,           # `(B, C, H, W)` to write into; None: a new one
 ) -> torch.Tensor:                   # `(B, C, H, W)` float32
     "Events to finished frames; raises ValueError for an unknown representation or fit."
-    if matrix is not None and (timesurface or representation!='histogram'):
-        batch,matrix,grid = move_events(batch, matrix, grid),None,None    # the first and last event must be known
+    if go is not None and (timesurface or representation!='histogram'):
+        batch,go,grid = move_events(batch, go, grid),None,None    # for times, the first and last event must be known
     size,scale = tuple(size or batch.size),(hot_pixel_stds, normalize, gain, log, gamma)
     if representation!='histogram':
         x = scale_frames(resize_frames(raw_frames(batch, representation, voxel_bins=voxel_bins), size, fit).contiguous(), *scale)
         return x if out is None else out.copy_(x)
-    x = scale_frames(resize_frames(count_events(batch, matrix, grid), size, fit).contiguous(), *scale)
-    if out is None: out = x.new_zeros(len(x), 3, *size)
-    out[:,::2] = x
-    if timesurface: out[:,1:2] = resize_frames(time_surface(batch), size, fit)
+    if out is None: out = torch.empty(len(batch), 3, *size, device=batch.x.device)
+    out[:,::2] = resize_frames(count_events(batch, go, grid), size, fit)
+    scale_frames(out[:,::2], *scale)
+    out[:,1:2] = resize_frames(time_surface(batch), size, fit) if timesurface else 0
     return out

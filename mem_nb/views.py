@@ -6,7 +6,7 @@
 __all__ = ['PIECE', 'Draws', 'scaled_size', 'draw_changes', 'event_map', 'pieces', 'frame_style', 'crop_frames', 'light_frames',
            'make_views', 'level_op', 'original_frames']
 
-# %% ../nbs/06b_views.ipynb #7149dcc5
+# %% ../nbs/06b_views.ipynb #9f2ecbc4
 import math
 from dataclasses import dataclass, replace
 import torch
@@ -15,10 +15,10 @@ import torchvision.transforms.functional as VF   # the first version: it compute
 from .augment import (COLOR, OPS, _integers, _matrix, _uniform, apply_ops, draw_light, draw_ops,
                             draw_tilt, jitter_frames, join_maps, ops_map, reverse_events, warp_frames)
 from .config import DataConfig
-from .frames import (EventBatch, PackedBatch, gamma_transform, histogram, keep, log_transform,
+from .frames import (EventBatch, PackedBatch, gamma_transform, histogram, keep, log_transform, pixel_map,
                            remove_hot_pixels, resize_frames, time_surface, to_frames)
 
-# %% ../nbs/06b_views.ipynb #10239a68
+# %% ../nbs/06b_views.ipynb #5b1d62a3
 @dataclass
 class Draws:
     "What chance decided for each of B samples; None: not asked."
@@ -71,7 +71,7 @@ def draw_changes(
     if jitter or saturation: draw['light'] = draw_light(b, jitter, saturation, generator)
     return Draws(**draw)
 
-# %% ../nbs/06b_views.ipynb #2b3d41fd
+# %% ../nbs/06b_views.ipynb #77c38ad3
 def _fit_map(d, sensor, draws, b, device):
     "How the counted picture looks at the sensor: stretched or cropped for scale_crop, else as it is."
     (h,w),(H,W) = sensor,d.input_size
@@ -87,7 +87,7 @@ def event_map(
     sensor:tuple,  # `(H, W)` in pixels
     b:int,         # samples
     device,        # where the map is wanted
-):                 # `(B, 2, 3)` as in `moved`; None: nothing moves
+):                 # `(2, 3, B)` as from `pixel_map`; None: nothing moves
     "Everything that moves the events of a sample, joined: scale, flip, shift and crop, tilt, RandAugment's geometric operations."
     events = d.geometry=='events'
     maps = [_fit_map(d, sensor, draws, b, device) if events else None]
@@ -104,9 +104,9 @@ def event_map(
             maps.append(ops_map(draws.ops.to(device), draws.strength, grid))
     total = None
     for m in maps: total = m if total is None else total if m is None else join_maps(total, m)
-    return total
+    return None if total is None else pixel_map(total, sensor, d.input_size if events and d.frame_fit=='scale_crop' else sensor)
 
-# %% ../nbs/06b_views.ipynb #e819c277
+# %% ../nbs/06b_views.ipynb #f15ef913
 PIECE = 10**5   # pixels of a piece: a second level cache holds them as float32
 
 def pieces(
@@ -119,7 +119,7 @@ def pieces(
 
 def frame_style(
     d:DataConfig,  # representation, size, filters
-) -> dict:         # for `to_frames`
+) -> dict:         # arguments of `to_frames`
     "The configuration's words as arguments of `to_frames`."
     return dict(size=d.input_size, representation=d.representation, timesurface=d.timesurface, voxel_bins=d.voxel_bins,
                 fit='crop' if d.frame_fit=='crop' else 'resize', hot_pixel_stds=d.hotpix_num_stds if d.hotpixfilter else None,
@@ -135,15 +135,14 @@ def crop_frames(
     b = torch.arange(len(frames), device=frames.device)
     return frames[b[:,None,None,None], torch.arange(frames.shape[1], device=frames.device)[:,None,None], rows[:,None,:,None], cols[:,None,None,:]]
 
-def _write(batch, d, draws, matrix, out):
+def _write(batch, d, style, draws, go, out):
     "Frames of one piece into `out`, all but the light."
-    events,style = d.geometry=='events',frame_style(d)
+    events = d.geometry=='events'
     if draws is not None and draws.back is not None: batch = reverse_events(batch, draws.back)
-    if d.frame_fit=='scale_crop' and events: style['grid'] = d.input_size
-    if d.frame_fit=='scale_crop' and not events and draws is not None:
-        style['size'] = scaled_size(d, batch.size)
-        out.copy_(crop_frames(to_frames(batch, matrix=matrix, **style), draws.corner, d.input_size))
-    else: to_frames(batch, matrix=matrix, out=out, **style)
+    if draws is not None and draws.corner is not None and not events:
+        large = to_frames(batch, go=go, **style | dict(size=scaled_size(d, batch.size)))
+        out.copy_(crop_frames(large, draws.corner, d.input_size))
+    else: to_frames(batch, go=go, grid=d.input_size if events and d.frame_fit=='scale_crop' else None, out=out, **style)
     if draws is None: return
     if not events and draws.tilt is not None: out.copy_(warp_frames(out, draws.tilt))
     if draws.ops is not None: apply_ops(out, draws.ops, draws.strength, names=tuple(COLOR) if events else OPS)
@@ -167,19 +166,20 @@ def make_views(
     "Events to training frames."
     device,b,times = batch.offsets.device,len(batch),d.timesurface or d.representation!='histogram'
     if draws is not None: draws = draws.to(device)
-    matrix = None if d.original else event_map(draws, d, batch.size, b, device)
-    out = torch.zeros(b, d.in_chans, *d.input_size, device=device)
-    lit = out.new_zeros(out.shape) if two else out
+    go = None if d.original else event_map(draws, d, batch.size, b, device)
+    style = frame_style(d)
+    out = torch.empty(b, d.in_chans, *d.input_size, device=device)
+    lit = torch.empty_like(out) if two else out
     for i,j in pieces(batch, max(d.input_H*d.input_W, batch.size[0]*batch.size[1])):
         part,drawn = batch.part(i, j) if j-i<b else batch, draws and draws.part(i, j)
         if isinstance(part, PackedBatch): part = part.unpack(times)
         if d.original: original_frames(part, d, drawn, out[i:j])
-        else: _write(part, d, drawn, matrix if matrix is None else matrix[i:j], out[i:j])
+        else: _write(part, d, style, drawn, go if go is None else go[...,i:j], out[i:j])
         if two: lit[i:j] = out[i:j]
         light_frames(lit[i:j], drawn, (0,1,2) if 'leak' in d.original else None)
     return (out,lit) if two else out
 
-# %% ../nbs/06b_views.ipynb #a6a85ff2
+# %% ../nbs/06b_views.ipynb #c445dbfa
 def level_op(
     levels:torch.Tensor,  # `(..., 3, H, W)` uint8
     name:str,             # one of `OPS`
@@ -211,7 +211,7 @@ def _recolour(frame, ops, strength, words):
         if OPS[k] in COLOR and 'leak' not in words: levels[:,1] = middle
     return levels.float()/255
 
-# %% ../nbs/06b_views.ipynb #d702bc9f
+# %% ../nbs/06b_views.ipynb #d813b1c9
 def _original_events(batch, d, draws):
     "Reversal, flip and shift of one sample; its own extent may stand for the sensor. Which events count comes second."
     own,fit,size = 'own_size' in d.original,d.frame_fit,batch.size
