@@ -42,7 +42,7 @@ def reverse_events(
 ) -> EventBatch:
     "Play samples backwards; where a batch comes without times only polarity turns, for a count sees no order."
     hit = batch.spread(hit)
-    if batch.t is None: return replace(batch, p=batch.p^hit)
+    if batch.t is None: return replace(batch, p=(batch.p.view(torch.uint8)^hit.view(torch.uint8)).view(torch.bool))   # bytes are faster
     last = batch.spread(batch.offsets[1:]-1)
     here = torch.arange(len(hit), device=hit.device)
     back = batch.pick(torch.where(hit, batch.spread(batch.offsets[:-1])+last-here, here))

@@ -95,7 +95,7 @@ def unbatch_events(
     events = make_events(*(v.cpu().numpy() for v in (batch.x, batch.y, batch.t, batch.p)))
     return np.split(events, batch.offsets[1:-1].cpu().numpy())
 
-# %% ../nbs/05_frames.ipynb #d13567b6
+# %% ../nbs/05_frames.ipynb #558b2329
 @dataclass
 class PackedBatch(_Ragged):
     "Events of many samples as they lie in a store, 8 bytes each."
@@ -143,7 +143,7 @@ def histogram(
     (h,w),b = batch.size,len(batch)
     return torch.bincount(flat_place(batch, (~batch.p).int(), 2), minlength=b*2*h*w).view(b,2,h,w)
 
-# %% ../nbs/05_frames.ipynb #a008f920
+# %% ../nbs/05_frames.ipynb #6820dc25
 def pixel_map(
     matrix:torch.Tensor,  # `(B, 2, 3)`: (x, y) of the new frame looks at `A @ (x, y) + b` of the old, in pixels from the centre
     old:tuple,            # `(H, W)` of the old frame
@@ -174,7 +174,7 @@ def move_events(
     x,y = moved(batch, go)
     return keep(replace(batch, x=x.int(), y=y.int(), size=size), (x>=0)&(x<w)&(y>=0)&(y<h))
 
-# %% ../nbs/05_frames.ipynb #97d0bf27
+# %% ../nbs/05_frames.ipynb #2a5a5da4
 def count_events(
     batch:EventBatch,      # events of B samples
     go:torch.Tensor=None,  # `(2, 3, B)` from `pixel_map`; None: they stay where they are
@@ -269,16 +269,14 @@ def _on(f, frames, channels):
     return out
 
 def _column(v): return v.view(-1,1,1,1)
-def _top(x): return _column(torch.maximum(x.amax((1,2,3)), -x.amin((1,2,3))))   # largest size of a value in each sample
 
 def _cool_(x, num_stds):
     "Zero hot pixels in place, judged over all channels; mean and deviation come from two sums, in one pass each."
-    n,flat = x[0].numel(),x.flatten(2)    # (B, C, H*W)
-    total = (x.abs() if x.is_cuda or x.min()<0 else x).sum((1,2,3))
-    mean,square = total.double()/n,torch.linalg.vecdot(flat, flat).sum(1).double()
-    limit = _column((mean + num_stds*((square-n*mean**2).clamp(min=0)/(n-1)).sqrt()).float())
-    if not x.is_cuda and not (_top(x)>limit).any(): return x    # the common case; on a GPU asking costs more
-    return x.mul_((x.abs() <= limit).all(1, keepdim=True))
+    n,flat = x[0].numel(),x.abs().flatten(1)
+    mean,square = flat.sum(1).double()/n,torch.linalg.vecdot(flat, flat).double()
+    limit = (mean + num_stds*((square-n*mean**2).clamp(min=0)/(n-1)).sqrt()).float()
+    if not x.is_cuda and not (flat.amax(1)>limit).any(): return x    # the common case; on a GPU asking costs more
+    return x.mul_(flat.view_as(x).amax(1, keepdim=True) <= _column(limit))
 
 def remove_hot_pixels(
     frames:torch.Tensor,  # `(B, C, H, W)` float
@@ -291,7 +289,8 @@ def remove_hot_pixels(
 # %% ../nbs/05_frames.ipynb #6823d758
 def _unit_(x, gain):
     "Divide by the largest value of each sample, in place."
-    top = _top(x)
+    flat = x.flatten(1)
+    top = _column(torch.maximum(flat.amax(1), -flat.amin(1)))
     top = top.where(top>0, 1)
     return x.div_(top) if gain==1 else x.mul_(gain).div_(top).clamp_(-1,1)
 
@@ -338,7 +337,7 @@ def raw_frames(
     return torch.cat([brighter, time_surface(batch) if timesurface else torch.zeros_like(darker), darker], dim=1)
 
 def scale_frames(
-    x:torch.Tensor,             # `(B, C, H, W)` float32, counts in all channels; changed in place
+    x:torch.Tensor,             # `(B, C, H, W)` float32, contiguous, counts in all channels; changed in place
     hot_pixel_stds:float=10.,   # hot pixels lie so many standard deviations above the mean; None: keep them
     normalize:bool=True,        # by each sample's own maximum, else 255 events are 1
     gain:float=1.,              # times this, clipped at 1
@@ -377,7 +376,6 @@ def to_frames(
         x = scale_frames(resize_frames(raw_frames(batch, representation, voxel_bins=voxel_bins), size, fit).contiguous(), *scale)
         return x if out is None else out.copy_(x)
     if out is None: out = torch.empty(len(batch), 3, *size, device=batch.x.device)
-    out[:,::2] = resize_frames(count_events(batch, go, grid), size, fit)
-    scale_frames(out[:,::2], *scale)
+    out[:,::2] = scale_frames(resize_frames(count_events(batch, go, grid), size, fit).contiguous(), *scale)
     out[:,1:2] = resize_frames(time_surface(batch), size, fit) if timesurface else 0
     return out

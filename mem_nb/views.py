@@ -6,7 +6,7 @@
 __all__ = ['PIECE', 'Draws', 'scaled_size', 'draw_changes', 'event_map', 'pieces', 'frame_style', 'crop_frames', 'light_frames',
            'make_views', 'level_op', 'original_frames']
 
-# %% ../nbs/06b_views.ipynb #9f2ecbc4
+# %% ../nbs/06b_views.ipynb #c67bde82
 import math
 from dataclasses import dataclass, replace
 import torch
@@ -18,7 +18,7 @@ from .config import DataConfig
 from .frames import (EventBatch, PackedBatch, gamma_transform, histogram, keep, log_transform, pixel_map,
                            remove_hot_pixels, resize_frames, time_surface, to_frames)
 
-# %% ../nbs/06b_views.ipynb #5b1d62a3
+# %% ../nbs/06b_views.ipynb #a17984d2
 @dataclass
 class Draws:
     "What chance decided for each of B samples; None: not asked."
@@ -71,7 +71,7 @@ def draw_changes(
     if jitter or saturation: draw['light'] = draw_light(b, jitter, saturation, generator)
     return Draws(**draw)
 
-# %% ../nbs/06b_views.ipynb #77c38ad3
+# %% ../nbs/06b_views.ipynb #a73f892b
 def _fit_map(d, sensor, draws, b, device):
     "How the counted picture looks at the sensor: stretched or cropped for scale_crop, else as it is."
     (h,w),(H,W) = sensor,d.input_size
@@ -106,7 +106,7 @@ def event_map(
     for m in maps: total = m if total is None else total if m is None else join_maps(total, m)
     return None if total is None else pixel_map(total, sensor, d.input_size if events and d.frame_fit=='scale_crop' else sensor)
 
-# %% ../nbs/06b_views.ipynb #f15ef913
+# %% ../nbs/06b_views.ipynb #e53ffb76
 PIECE = 10**5   # pixels of a piece: a second level cache holds them as float32
 
 def pieces(
@@ -179,7 +179,7 @@ def make_views(
         light_frames(lit[i:j], drawn, (0,1,2) if 'leak' in d.original else None)
     return (out,lit) if two else out
 
-# %% ../nbs/06b_views.ipynb #c445dbfa
+# %% ../nbs/06b_views.ipynb #b0d4213c
 def level_op(
     levels:torch.Tensor,  # `(..., 3, H, W)` uint8
     name:str,             # one of `OPS`
@@ -211,7 +211,7 @@ def _recolour(frame, ops, strength, words):
         if OPS[k] in COLOR and 'leak' not in words: levels[:,1] = middle
     return levels.float()/255
 
-# %% ../nbs/06b_views.ipynb #d813b1c9
+# %% ../nbs/06b_views.ipynb #3f9b834a
 def _original_events(batch, d, draws):
     "Reversal, flip and shift of one sample; its own extent may stand for the sensor. Which events count comes second."
     own,fit,size = 'own_size' in d.original,d.frame_fit,batch.size
