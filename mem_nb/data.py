@@ -9,8 +9,9 @@ __all__ = ['collate', 'StepBatches', 'train_batches', 'eval_batches', 'num_steps
 from dataclasses import dataclass
 import numpy as np, torch
 from .config import DataConfig
-from .frames import EventBatch, to_frames
-from .augment import affine_frames, augment_events, color_jitter, rand_augment
+from .frames import PackedBatch
+from .augment import drop_events
+from .views import draw_changes, make_views
 from .store import EventStore
 
 # %% ../nbs/07_data.ipynb #93f4c108
@@ -19,14 +20,13 @@ def collate(
     indices,               # which recordings
     max_events:int=None,   # consecutive events a sample at most
     starts=None,           # share 0…1 a sample, where its slice begins; None: the middle
-) -> EventBatch:
-    "Read samples into one ragged batch."
+) -> PackedBatch:
+    "Read samples into one ragged batch, as packed as they lie in the store."
     starts = [.5]*len(indices) if starts is None else starts
     slices = [store.slice(i, max_events, u) for i,u in zip(indices, starts)]
-    v = torch.from_numpy(np.concatenate(slices).view(np.int64))
+    words = torch.from_numpy(np.concatenate(slices).view(np.int64))
     offsets = torch.from_numpy(np.cumsum([0, *map(len, slices)]))
-    return EventBatch(x=(v&0xfff).int(), y=(v>>12&0xfff).int(), t=v>>25, p=(v>>24&1).bool(), offsets=offsets,
-                      labels=torch.from_numpy(store.labels[indices]), size=store.size)
+    return PackedBatch(words, offsets, torch.from_numpy(store.labels[indices]), store.size)
 
 # %% ../nbs/07_data.ipynb #b86970d6
 @dataclass
@@ -76,20 +76,17 @@ def num_steps(n:int, epochs:float, batch_size:int) -> int:
 
 # %% ../nbs/07_data.ipynb #b86521b7
 def make_frames(
-    batch:EventBatch,                     # events
-    d:DataConfig,                         # representation and augmentation
-    generator:torch.Generator=None,       # augments where given
-    jitter:float=0.,                      # brightness jitter in training
-) -> torch.Tensor:                        # `(B, C, H, W)` float32
+    batch,                           # PackedBatch or EventBatch
+    d:DataConfig,                    # representation and augmentation
+    generator:torch.Generator=None,  # augments where given
+    jitter:float=0.,                 # brightness jitter in training
+    saturation:float=0.,             # saturation jitter in training; for frames of three channels
+    two_views:bool=False,            # also give the frames before the jitter
+):                                   # `(B, C, H, W)` float32, or (before jitter, after) with `two_views`
     "Frames of a batch, augmented where a generator is given."
-    if generator is not None: batch = augment_events(batch, d.flip, d.time_flip, d.max_random_shift_evs, generator)
-    frames = to_frames(batch, d.input_size, d.representation, d.timesurface, d.voxel_bins, d.frame_fit,
-                       d.hotpix_num_stds if d.hotpixfilter else None, d.normalize_events, d.normalize_gain, d.logtrafo, d.gamma if d.gammatrafo else None)
-    if generator is None: return frames
-    if d.rotate or d.scale or d.translate: frames = affine_frames(frames, d.rotate, d.scale, d.translate, generator)
-    if jitter: frames = color_jitter(frames, jitter, generator=generator)
-    if d.rand_aug and d.representation=='histogram': frames = rand_augment(frames, generator)
-    return frames
+    if generator is None: return make_views(batch, d, two=two_views)
+    if d.event_drop: batch = drop_events(batch, d.event_drop, generator)
+    return make_views(batch, d, draw_changes(len(batch), batch.size, d, generator, jitter, saturation), two_views)
 
 def all_frames(
     store:EventStore,     # where to read
