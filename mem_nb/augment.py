@@ -14,7 +14,8 @@ from dataclasses import replace
 from functools import reduce
 import torch
 import torch.nn.functional as F
-from .frames import EventBatch, keep, move_events, pixel_map
+from .batches import EventBatch, keep
+from .frames import move_events, pixel_map
 
 # %% ../nbs/06_augment.ipynb #1b90a53a
 def _uniform(low, high, shape, generator, device):

@@ -9,7 +9,7 @@ __all__ = ['collate', 'StepBatches', 'train_batches', 'eval_batches', 'num_steps
 from dataclasses import dataclass
 import numpy as np, torch
 from .config import DataConfig
-from .frames import PackedBatch
+from .batches import PackedBatch
 from .augment import drop_events
 from .views import draw_changes, make_views
 from .store import EventStore

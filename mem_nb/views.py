@@ -15,7 +15,8 @@ import torchvision.transforms.functional as VF   # the first version: it compute
 from .augment import (COLOR, OPS, _integers, _matrix, _uniform, apply_ops, draw_light, draw_ops,
                             draw_tilt, jitter_frames, join_maps, ops_map, reverse_events, warp_frames)
 from .config import DataConfig
-from .frames import (EventBatch, PackedBatch, gamma_transform, histogram, keep, log_transform, pixel_map,
+from .batches import EventBatch, PackedBatch, keep
+from .frames import (gamma_transform, histogram, log_transform, pixel_map,
                            remove_hot_pixels, resize_frames, time_surface, to_frames)
 
 # %% ../nbs/06b_views.ipynb #a17984d2

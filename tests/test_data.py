@@ -79,11 +79,11 @@ def test_batch_k_is_a_function_of_seed_and_k(cfg):
     store = EventStore(prepare(cfg))
     get = train_batches(store, None, 16, seed=0, max_events=700)
     one,two = list(get(0,9)),list(get(5,9))
-    assert all(torch.equal(a.t,b.t) and torch.equal(a.labels,b.labels) for a,b in zip(one[5:], two))
+    assert all(torch.equal(a.words,b.words) and torch.equal(a.labels,b.labels) for a,b in zip(one[5:], two))
     other = next(iter(train_batches(store, None, 16, seed=1, max_events=700)(0,1)))
     assert not torch.equal(one[0].labels, other.labels)
     with_workers = list(train_batches(store, None, 16, 0, 700, num_workers=1)(5,9))
-    assert all(torch.equal(a.t,b.t) for a,b in zip(two, with_workers))
+    assert all(torch.equal(a.words,b.words) for a,b in zip(two, with_workers))
 
 def test_an_epoch_sees_each_recording_once(cfg):
     store = EventStore(prepare(cfg)); n = len(store)

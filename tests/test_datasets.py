@@ -6,7 +6,8 @@ from mem_nb.config import parse_config
 from mem_nb.datasets import DATASETS, Dataset, list_recordings, prepare, prepare_samples, prepared, read_split, store_path
 from mem_nb.events import make_events
 from mem_nb.formats import write_bin, write_events
-from mem_nb.frames import batch_events, histogram
+from mem_nb.batches import batch_events
+from mem_nb.frames import histogram
 from mem_nb.store import EventStore, read_manifest, read_sources
 
 def events(n=200, seed=0, size=(34,34), span=300_000):

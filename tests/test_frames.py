@@ -1,9 +1,9 @@
 "Laws of frames; the numbers are the defects of the original that each test guards against."
 import numpy as np, pytest, torch
 from mem_nb.events import make_events
-from mem_nb.frames import (batch_events, event_histogram, gamma_transform, histogram, keep, log_transform,
-                           normalize_frames, remove_hot_pixels, resize_frames, time_surface, to_frames,
-                           unbatch_events, voxel_grid)
+from mem_nb.batches import batch_events, keep, unbatch_events
+from mem_nb.frames import (event_histogram, gamma_transform, histogram, log_transform, normalize_frames, remove_hot_pixels,
+                           resize_frames, time_surface, to_frames, voxel_grid)
 
 DEVICES = ['cpu', pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU'))]
 SIZE = (12,20)
@@ -86,7 +86,7 @@ def test_a_batch_gives_what_each_sample_gives_alone(way, device, recordings):
     assert together.dtype==torch.float32 and together.device.type==device
     for r,f in zip(recordings, together.cpu(), strict=True):
         alone = to_frames(batch_events([r], SIZE), **way)[0]
-        assert torch.allclose(f, alone, rtol=0, atol=0 if device=='cpu' else 1e-5)
+        assert torch.allclose(f, alone, rtol=0, atol=1e-6 if device=='cpu' else 1e-5)   # a voxel's sums may come in another order
 
 @pytest.mark.parametrize('name,kw', [('img_auto',{}), ('img_fixed_200x260',{}), ('img_auto_ts',dict(timesurface=True))])
 def test_frames_are_the_originals(shared, name, kw):
