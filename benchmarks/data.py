@@ -200,6 +200,8 @@ def samples(tmp, num=64, n=100_000):
     slow = 8/best(lambda: [plain_frame(rows[i%4], (180,240), (224,224), rng) for i in range(8)], 3)
     mask = 50/best(lambda: [plain_mask((14,14), 98, rng) for _ in range(50)], 3)
     out = [record('training sample, 224×224, all augmentation, one core', b/best(lambda: make_frames(load(), d, g), 9), 'samples/s', slow, 1300),
+           record('the same, frames interpolated as in the original', b/best(lambda: make_frames(load(), DataConfig(geometry='frames'), g), 5), 'samples/s', slow),
+           record('the same, with a time surface', b/best(lambda: make_frames(load(), DataConfig(timesurface=True), g), 5), 'samples/s', slow),
            record('evaluation sample', b/best(lambda: make_frames(load(), d), 9), 'samples/s', 8/best(lambda: [plain_frame(rows[i%4], (180,240), (224,224), rng, False) for i in range(8)], 3)),
            record('pretraining sample, jitter and mask, one core', b/best(lambda: pretraining(False), 9), 'samples/s', slow, 1000),
            record('pretraining sample, two views, jitter and mask', b/best(lambda: pretraining(True), 9), 'samples/s', slow, 1000),

@@ -59,13 +59,26 @@ def pixel_map(
     rows = (e/det, -b/det, (b*f-e*c)/det + nx+.5), (-d/det, a/det, (d*c-a*f)/det + ny+.5)
     return torch.stack([torch.stack(r) for r in rows])
 
+@cache
+def _within(n, device):
+    "Places within a pixel, evenly spread: two rows of `n` numbers in -1/2…1/2 (the R2 sequence, Roberts 2018)."
+    steps = torch.tensor([[.7548776662466927],[.5698402909980532]], dtype=torch.float64)
+    return ((torch.arange(n, dtype=torch.float64)*steps) % 1).mul_(1-2**-9).sub_(.5-2**-10).float().to(device)   # never on the edge itself
+
+def _spread_within(batch):
+    "A place within its pixel for each event; a sample's are the same in any batch."
+    lengths = batch.offsets.diff().tolist()
+    table = _within(2**max(max(lengths, default=0)-1, 0).bit_length(), str(batch.x.device))
+    return table[:,:lengths[0]] if len(lengths)==1 else torch.cat([table[:,:n] for n in lengths], 1)
+
 def moved(
     batch:EventBatch,  # events of B samples
     go:torch.Tensor,   # `(2, 3, B)` from `pixel_map`
 ) -> tuple:            # x and y `(N,)`, whole numbers in float32; some lie outside
-    "Where each event goes, rounded to the pixel."
-    x,y = batch.x.float(),batch.y.float()
-    return tuple((x*batch.spread(a)).add_(y*batch.spread(b)).add_(batch.spread(c)).floor_() for a,b,c in go)
+    "The pixel that each event goes to. An event lies anywhere in its pixel: on the grid's points alone, a turn would leave holes."
+    dx,dy = _spread_within(batch)
+    x,y = batch.x+dx, batch.y+dy
+    return tuple((x*batch.spread(a)).addcmul_(y, batch.spread(b)).add_(batch.spread(c)).floor_() for a,b,c in go)
 
 def move_events(
     batch:EventBatch,  # events of B samples
@@ -173,13 +186,16 @@ def _on(f, frames, channels):
 
 def _column(v): return v.view(-1,1,1,1)
 
-def _cool_(x, num_stds):
-    "Zero hot pixels in place, judged over all channels; mean and deviation come from two sums, in one pass each."
-    n,flat = x[0].numel(),x.abs().flatten(1)
-    mean,square = flat.sum(1).double()/n,torch.linalg.vecdot(flat, flat).double()
+def _size(x, signed): return (x.abs() if signed else x).flatten(1)
+
+def _cool_(x, num_stds, signed=True):
+    "Zero hot pixels in place, judged over all channels; gives the largest value left `(B,)`. Mean and deviation come from two sums."
+    n,flat = x[0].numel(),_size(x, signed)
+    mean,square,top = flat.sum(1).double()/n,torch.linalg.vecdot(flat, flat).double(),flat.amax(1)
     limit = (mean + num_stds*((square-n*mean**2).clamp(min=0)/(n-1)).sqrt()).float()
-    if not x.is_cuda and not (flat.amax(1)>limit).any(): return x    # the common case; on a GPU asking costs more
-    return x.mul_(flat.view_as(x).amax(1, keepdim=True) <= _column(limit))
+    if not x.is_cuda and not (top>limit).any(): return top      # the common case; on a GPU asking costs more
+    x.mul_(flat.view_as(x).amax(1, keepdim=True) <= _column(limit))
+    return _size(x, signed).amax(1)
 
 def remove_hot_pixels(
     frames:torch.Tensor,  # `(B, C, H, W)` float
@@ -187,15 +203,15 @@ def remove_hot_pixels(
     channels=POLARITY,    # which channels are judged, together
 ) -> torch.Tensor:        # `(B, C, H, W)`
     "Zero the pixels far above the mean of their sample, in all `channels`."
-    return _on(lambda x: _cool_(x, num_stds), frames, channels)
+    return _on(lambda x: (_cool_(x, num_stds), x)[1], frames, channels)
 
 # %% ../nbs/05_frames.ipynb #6823d758
-def _unit_(x, gain):
-    "Divide by the largest value of each sample, in place."
-    flat = x.flatten(1)
-    top = _column(torch.maximum(flat.amax(1), -flat.amin(1)))
+def _unit_(x, gain, top=None, out=None):
+    "Divide by the largest value of each sample, in place, or into `out`."
+    top = _column(_size(x, True).amax(1) if top is None else top)
     top = top.where(top>0, 1)
-    return x.div_(top) if gain==1 else x.mul_(gain).div_(top).clamp_(-1,1)
+    out = x if out is None else out
+    return torch.div(x, top, out=out) if gain==1 else torch.div(x.mul_(gain), top, out=out).clamp_(-1,1)
 
 def normalize_frames(
     frames:torch.Tensor,  # `(B, C, H, W)` float
@@ -246,13 +262,15 @@ def scale_frames(
     gain:float=1.,              # times this, clipped at 1
     log:bool=False,             # log(1 + count)
     gamma:float=None,           # then value ** gamma
-) -> torch.Tensor:              # `x`, in -1…1
+    signed:bool=True,           # False: counts are known to be 0 or more, which saves passes
+    out:torch.Tensor=None,      # where they go; None: `x`
+) -> torch.Tensor:              # in -1…1
     "Counts to values: hot pixels, logarithm, one scale, gamma."
-    if hot_pixel_stds is not None: _cool_(x, hot_pixel_stds)
-    if log: _signed_(x, torch.log1p)
-    if normalize: _unit_(x, gain)
-    else: x.div_(math.log(256) if log else 255).clamp_(-1,1)
-    return x if gamma is None else _signed_(x, lambda v: v**gamma)
+    top,out = None if hot_pixel_stds is None else _cool_(x, hot_pixel_stds, signed),x if out is None else out
+    if log: _signed_(x, torch.log1p); top = None if top is None else top.log1p()
+    if normalize: _unit_(x, gain, top, out)
+    else: torch.div(x, math.log(256) if log else 255, out=out).clamp_(-1,1)
+    return out if gamma is None else _signed_(out, lambda v: v**gamma)
 
 # %% ../nbs/05_frames.ipynb #80c16b86
 def to_frames(
@@ -279,6 +297,6 @@ def to_frames(
         x = scale_frames(resize_frames(raw_frames(batch, representation, voxel_bins=voxel_bins), size, fit).contiguous(), *scale)
         return x if out is None else out.copy_(x)
     if out is None: out = torch.empty(len(batch), 3, *size, device=batch.x.device)
-    out[:,::2] = scale_frames(resize_frames(count_events(batch, go, grid), size, fit).contiguous(), *scale)
+    scale_frames(resize_frames(count_events(batch, go, grid), size, fit).contiguous(), *scale, signed=False, out=out[:,::2])
     out[:,1:2] = resize_frames(time_surface(batch), size, fit) if timesurface else 0
     return out

@@ -148,6 +148,7 @@ def _write(batch, d, style, draws, go, out):
     if not events and draws.tilt is not None: out.copy_(warp_frames(out, draws.tilt))
     if draws.ops is not None: apply_ops(out, draws.ops, draws.strength, names=tuple(COLOR) if events else OPS)
 
+# %% ../nbs/06b_views.ipynb #469384f3
 def light_frames(
     frames:torch.Tensor,  # `(B, C, H, W)`, changed in place
     draws:Draws,          # with `light`, or without
