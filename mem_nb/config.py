@@ -140,8 +140,8 @@ class PretrainConfig:
     weight_decay:float = 0.05  # AdamW's weight decay
     grad_clip:float = 30.      # largest gradient norm
     dropout:float = 0.1        # drop path: share of residual branches dropped in training
-    color_jitter:float = 0.    # brightness jitter of the frame in training
-    two_views:bool = False     # the tokenizer names the frame without jitter, as in BEiT
+    color_jitter:float = 0.    # brightness and saturation jitter of the frame in training
+    two_views:bool = False     # the target is the frame before its jitter, as in BEiT
     lr_decay:float = 1.        # read by nothing, as in the original: the schedule is a cosine
     save_ckpt_freq:int = 25    # epochs between two saved states (save_minutes may come first)
     checkpoint:str = ''        # start from these weights
@@ -230,12 +230,10 @@ def conf_keys() -> dict:  # conf key -> (section name, dataclass field)
 # %% ../nbs/00_config.ipynb #cbb2603f
 _BOOLS = {'1':True,'true':True,'yes':True,'on':True,'0':False,'false':False,'no':False,'off':False}
 
-def _number(word, kinds=(int, float)):
-    "`word` as the first kind of number that it is, else as it stands."
-    for kind in kinds:
-        try: return kind(word)
-        except ValueError: pass
-    return word
+def _number(word):
+    "`word` as a whole number or a number if it is one, else as it stands."
+    try: return int(word) if word.lstrip('+-').isdecimal() else float(word)
+    except ValueError: return word
 
 def _parse(text, kind):
     "Read `text` as bool, int, float, str or tuple; raises ValueError where it is something else."

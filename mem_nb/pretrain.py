@@ -135,7 +135,8 @@ class HiddenTask:
     kind:str           # of masks: block, random, event
     num_hidden:int     # patches hidden in each frame
     seed:int=0         # of the masks in validation
-    jitter:float=0.    # brightness jitter in training
+    jitter:float=0.    # brightness and saturation jitter in training
+    two_views:bool=False  # the target is the frame before its jitter, as in BEiT
     batch_size:int=64  # recordings at a time in validation
     vae:nn.Module=None # frozen EventVAE, where tokens are asked for
 
@@ -148,9 +149,11 @@ class HiddenTask:
 
     def loss(self, model, batch, step, generator):
         "Loss and metrics of one training step."
-        frames = make_frames(batch, self.data, generator, self.jitter)
-        mask = self.masks(frames, generator)
-        return self.judge(model(frames, mask), frames, mask)
+        saturation = self.jitter if self.data.representation=='histogram' else 0.
+        views = make_frames(batch, self.data, generator, self.jitter, saturation, self.two_views)
+        target,seen = views if self.two_views else (views,views)
+        mask = self.masks(target, generator)
+        return self.judge(model(seen, mask), target, mask)
 
     def shown(self, store, device, limit=10**9):
         "Deterministic frames, a batch at a time; of at most `limit` recordings, evenly drawn."
@@ -280,7 +283,8 @@ def pretrain_task(
     "What pretraining asks under this configuration; raises FileNotFoundError where the tokenizer was not trained."
     p,folder = cfg.pretrain,prepared(cfg)
     shared = dict(train=EventStore(folder), val=EventStore(folder, 'val'), data=cfg.data, grid=cfg.grid, kind=p.masking,
-                  num_hidden=p.num_mask_patches, seed=cfg.run.seed, jitter=p.color_jitter, batch_size=p.batch_size)
+                  num_hidden=p.num_mask_patches, seed=cfg.run.seed, jitter=p.color_jitter,
+                  two_views=p.two_views, batch_size=p.batch_size)
     return PixelTask(**shared) if p.mae else TokenTask(**shared, vae=load_tokenizer(cfg))
 
 def pretrain(

@@ -213,3 +213,12 @@ def test_weights_of_another_kind_and_masks_that_do_not_fit_are_told(root):
     with pytest.raises(ValueError, match='missing: .*encoder.*extra: .*codebook|missing: .*extra: '): build_model(configure(root, f'pt_checkpoint={root}/vae.safetensors'))
     for n in (0, 16, -1):
         with pytest.raises(ValueError, match='num_mask_patches'): configure(root, f'num_mask_patches={n}')
+
+def test_two_views_take_the_target_from_the_frame_before_its_jitter(monkeypatch):
+    from types import SimpleNamespace
+    import mem_nb.pretrain as m
+    from mem_nb.config import DataConfig
+    monkeypatch.setattr(m, 'make_frames', lambda *a: (torch.zeros(2,3,16,16), torch.ones(2,3,16,16)) if a[-1] else torch.ones(2,3,16,16))
+    seen = lambda two: (task := m.PixelTask(None, None, DataConfig(input_H=16, input_W=16), (2,2), 'random', 2, two_views=two),
+                        setattr(task, 'judge', lambda out, target, mask: (out, target.mean().item())), task.loss(lambda f,mask: f.mean().item(), None, 0, torch.Generator()))[-1]
+    assert seen(True)==(1,0) and seen(False)==(1,1)
