@@ -40,7 +40,8 @@ def test_damaged_files(name, tmp_path):
     path = small(tmp_path, name); raw = np.fromfile(path, np.uint8); rng = np.random.default_rng(1)
     assert len(read_events(path))
     tries = 6 if name=='aedat4' else 60                                       # a process each
-    cuts = np.unique(np.linspace(1, len(raw)-1, tries).astype(int))
+    each = name not in ('aedat4','hdf5')                                      # these two are long, and slow to open
+    cuts = range(1, len(raw)) if each else np.unique(np.linspace(1, len(raw)-1, tries).astype(int))
     bad = [raw[:k] for k in cuts]
     for k in range(tries*2):
         b = raw.copy(); at = rng.integers(0, [len(b), min(len(b),120)][k%2], 1+k%4); b[at] ^= (1<<rng.integers(0,8,len(at))).astype(np.uint8); bad.append(b)
