@@ -171,8 +171,12 @@ def affine_events(
 # %% ../nbs/06_augment.ipynb #b5edb324
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601: the original's colour operations read the channels as red, green, blue
 
-def _gray(x, channels): return reduce(torch.Tensor.add_, (x[:,i:i+1]*LUMA[c] for i,c in enumerate(channels)))
-def _blend(a, b, ratio): return (a*ratio).add_(b*(1-ratio)).clamp_(0,1)
+def _gray(x, channels):
+    gray = x[:,:1]*LUMA[channels[0]]
+    for i,c in enumerate(channels[1:], 1): gray.add_(x[:,i:i+1], alpha=LUMA[c])
+    return gray
+
+def _away_(x, other, ratio): return x.sub_(other).mul_(ratio).add_(other).clamp_(0,1)   # from `other`, in place
 def _view(frames, channels): return frames[:,channels[0]::channels[1]-channels[0]] if len(channels)>1 else frames
 
 def jitter_frames(
@@ -186,7 +190,7 @@ def jitter_frames(
     if saturation is not None and c!=3: raise ValueError(f"saturation needs frames of 3 channels, these have {c}; set it to 0")
     channels = list(channels or ((0,2) if c==3 else range(c)))
     x = _view(frames, channels).mul_(brightness.view(-1,1,1,1)).clamp_(-1,1)
-    if saturation is not None: x.copy_(_blend(x, _gray(x, channels), saturation.view(-1,1,1,1)))
+    if saturation is not None: _away_(x, _gray(x, channels), saturation.view(-1,1,1,1))
     return frames
 
 def color_jitter(
@@ -218,49 +222,50 @@ GEOMETRIC = dict(   # coefficients of the map, from strength `m` in -1…1 and t
     Rotate     = lambda m,h,w: ((c:=(m*math.pi/6).cos()), -(s:=(m*math.pi/6).sin()), 0, s, c, 0))
 
 # %% ../nbs/06_augment.ipynb #5711cfce
-def _levels(x): return (x*255).add_(.5).floor_()   # 0…255, in float
+def _sharpen_(x, ratio):
+    "Away from a 3×3 mean with a heavy centre (weights 1 and 5, over 13); the edge stays."
+    rows = (x[...,:-2,:] + x[...,1:-1,:]).add_(x[...,2:,:])
+    box = (rows[...,:-2] + rows[...,1:-1]).add_(rows[...,2:])
+    x[...,1:-1,1:-1].mul_((9*ratio+4)/13).add_(box.mul_((1-ratio)/13))
+    return x.clamp_(0,1)
 
-def _blur(x):
-    "3×3 mean with a heavy centre (weights 1 and 5, over 13); the edge stays."
-    rows = x[...,:-2,:] + x[...,1:-1,:] + x[...,2:,:]
-    box = rows[...,:-2] + rows[...,1:-1] + rows[...,2:]
-    out = x.clone()
-    out[...,1:-1,1:-1].mul_(4).add_(box).div_(13)
-    return out
-
-def _stretch(x):
+def _stretch_(x):
     "The smallest value of each channel to 0, the largest to 1; a flat channel stays."
     low,high = x.amin((2,3), keepdim=True), x.amax((2,3), keepdim=True)
     flat = high<=low
-    return (x-low.masked_fill(flat, 0)).div_((high-low).masked_fill(flat, 1))
+    return x.sub_(low.masked_fill(flat, 0)).div_((high-low).masked_fill(flat, 1))
 
-def _posterize(x, m):
-    "Keep 8 down to 4 bits."
+def _posterize_(x, m):
+    "Keep 8 down to 4 bits of the nearest of 255 levels."
     step = 2**(4*m.abs()).round()
-    return _levels(x).div_(step).floor_().mul_(step/255)
+    return x.mul_(255/step).add_(.5/step).floor_().mul_(step/255)
 
-def _solarize(x, limit): return (x-limit).ceil_().mul_((x*-2).add_(1)).add_(x)   # 1-x from the limit on; cheaper than where
+def _solarize_(x, limit):
+    "1-x from the limit on."
+    return x.copy_(x.clone().ge_(limit).sub_(x).abs_())   # |1-x| or |0-x|, cheaper than where
 
-def _equalize(x):
+def _equalize_(x):
     "Spread the levels of each channel so that each is about as frequent."
-    (n,c,h,w),level = x.shape,_levels(x).int()
-    plane = torch.arange(n*c, device=x.device, dtype=torch.int32).view(n,c,1,1)*256
-    counts = torch.bincount((level+plane).flatten(), minlength=n*c*256).view(n*c,256)
+    n,c,h,w = x.shape
+    each = lambda *shape: torch.arange(math.prod(shape), device=x.device, dtype=torch.int32).view(shape)
+    place = each(n,c,1,1)*256 + each(w)%8*(n*c*256)          # neighbours apart: adding to one place again and again is slow
+    level = (x*255).add_(.5).int().add_(place).flatten()
+    counts = torch.bincount(level, minlength=8*n*c*256).view(8,n*c,256).sum(0)
     last = 255-counts.flip(1).bool().int().argmax(1, keepdim=True)                # the highest level that occurs
     step = (h*w-counts.gather(1, last))//255
     table = ((counts.cumsum(1)-counts+step//2)//step.clamp(min=1)).clamp(max=255)  # events below, in steps
     table = torch.where(step>0, table, torch.arange(256, device=x.device)).float()/255
-    return table.flatten().index_select(0, level.add_(plane).flatten()).view(x.shape)
+    return x.copy_(table.flatten().repeat(8).index_select(0, level).view(x.shape))
 
-COLOR = dict(       # `x (n, c, H, W)` in 0…1, strength `m (n, 1, 1, 1)`, which channels these are
-    Brightness   = lambda x,m,channels: (x*(1+.9*m)).clamp_(0,1),
-    Color        = lambda x,m,channels: _blend(x, _gray(x, channels), 1+.9*m),
-    Contrast     = lambda x,m,channels: _blend(x, _gray(x.mean((2,3), keepdim=True), channels), 1+.9*m),
-    Sharpness    = lambda x,m,channels: _blend(x, _blur(x), 1+.9*m),
-    Posterize    = lambda x,m,channels: _posterize(x, m),
-    Solarize     = lambda x,m,channels: _solarize(x, 1-m.abs()-1e-6),
-    AutoContrast = lambda x,m,channels: _stretch(x),
-    Equalize     = lambda x,m,channels: _equalize(x))
+COLOR = dict(       # change `x (n, c, H, W)` in 0…1 in place; strength `m (n, 1, 1, 1)`, which channels these are
+    Brightness   = lambda x,m,channels: x.mul_(1+.9*m).clamp_(0,1),
+    Color        = lambda x,m,channels: _away_(x, _gray(x, channels), 1+.9*m),
+    Contrast     = lambda x,m,channels: _away_(x, _gray(x.mean((2,3), keepdim=True), channels), 1+.9*m),
+    Sharpness    = lambda x,m,channels: _sharpen_(x, 1+.9*m),
+    Posterize    = lambda x,m,channels: _posterize_(x, m),
+    Solarize     = lambda x,m,channels: _solarize_(x, 1-m.abs()-1e-6),
+    AutoContrast = lambda x,m,channels: _stretch_(x),
+    Equalize     = lambda x,m,channels: _equalize_(x))
 
 OPS = ('Identity', *GEOMETRIC, *COLOR)
 
@@ -278,9 +283,7 @@ def apply_op(
 def _change(frames, name, strength, channels):
     "`apply_op` in place."
     if name in GEOMETRIC: frames.copy_(warp_frames(frames, _matrix(*GEOMETRIC[name](strength, *frames.shape[-2:]))))
-    if name in COLOR:
-        x = _view(frames, channels)
-        x.copy_(COLOR[name](x, strength.view(-1,1,1,1), channels))
+    if name in COLOR: COLOR[name](_view(frames, channels), strength.view(-1,1,1,1), channels)
     return frames
 
 # %% ../nbs/06_augment.ipynb #df68b966

@@ -119,6 +119,6 @@ def main(
     warnings.formatwarning = lambda message,*_: f'{message}\n'   # without a line of source
     try: command(args.step, args.conf, args.overrides)
     except KeyboardInterrupt: sys.exit('interrupted; run the same command again to continue')
-    except (KeyError, ValueError, OSError, FloatingPointError) as e:
+    except (KeyError, ValueError, OSError, ImportError, FloatingPointError) as e:
         if os.environ.get('MEM_NB_TRACEBACK'): raise
         sys.exit(f'mem_nb {args.step}: {e.args[0] if isinstance(e, KeyError) else e}')

@@ -30,7 +30,7 @@ class Draws:
     tilt:torch.Tensor=None      # `(B, 2, 3)` map of rotation, size and place
     ops:torch.Tensor=None       # `(k, B)` RandAugment: places in `OPS`
     strength:torch.Tensor=None  # `(k, B)` and strengths in -1…1
-    light:torch.Tensor=None     # `(2, B)` factors of brightness and saturation
+    light:torch.Tensor=None     # `(1, B)` factors of brightness, or `(2, B)` of brightness and saturation
 
     def part(self, start, stop):
         "The draws of samples `start`…`stop-1`."
@@ -55,7 +55,7 @@ def draw_changes(
     d:DataConfig,               # which augmentations
     generator:torch.Generator,  # source of chance
     jitter:float=0.,            # largest relative change of brightness
-    saturation:float=0.,        # largest relative change of saturation
+    saturation:float=0.,        # largest relative change of saturation; for histograms
 ) -> Draws:                     # on the generator's device
     "Draw in this order: reversal, flip, shift, crop, tilt, RandAugment, light."
     draw,where,new = {},generator.device,d.geometry=='events' and not d.original
@@ -69,7 +69,8 @@ def draw_changes(
     size = sensor if new and d.frame_fit!='scale_crop' else d.input_size
     if d.rotate or d.scale or d.translate: draw['tilt'] = draw_tilt(b, size, d.rotate, d.scale, d.translate, generator)
     if d.rand_aug and d.representation=='histogram': draw['ops'],draw['strength'] = draw_ops(b, generator)
-    if jitter or saturation: draw['light'] = draw_light(b, jitter, saturation, generator)
+    if d.representation!='histogram': saturation = 0
+    if jitter or saturation: draw['light'] = draw_light(b, jitter, saturation, generator)[:2 if saturation else 1]
     return Draws(**draw)
 
 # %% ../nbs/06b_views.ipynb #a73f892b
@@ -152,12 +153,11 @@ def _write(batch, d, style, draws, go, out):
 def light_frames(
     frames:torch.Tensor,  # `(B, C, H, W)`, changed in place
     draws:Draws,          # with `light`, or without
-    channels=None,        # which change; None: the polarities of three, else all
+    channels=None,        # which change; None: all
 ) -> torch.Tensor:        # `frames`
     "Colour jitter by the factors that were drawn."
     if draws is None or draws.light is None: return frames
-    saturation = draws.light[1] if frames.shape[1]==3 else None
-    return jitter_frames(frames, draws.light[0], saturation, channels)
+    return jitter_frames(frames, *draws.light, channels=channels or range(frames.shape[1]))
 
 def make_views(
     batch,             # EventBatch or PackedBatch of B samples
@@ -174,11 +174,11 @@ def make_views(
     lit = torch.empty_like(out) if two else out
     for i,j in pieces(batch, max(d.input_H*d.input_W, batch.size[0]*batch.size[1])):
         part,drawn = batch.part(i, j) if j-i<b else batch, draws and draws.part(i, j)
-        if isinstance(part, PackedBatch): part = part.unpack(times)
+        part = part.unpack(times) if isinstance(part, PackedBatch) else part if times else replace(part, t=None)
         if d.original: original_frames(part, d, drawn, out[i:j])
         else: _write(part, d, style, drawn, go if go is None else go[...,i:j], out[i:j])
         if two: lit[i:j] = out[i:j]
-        light_frames(lit[i:j], drawn, (0,1,2) if 'leak' in d.original else None)
+        light_frames(lit[i:j], drawn, (0,2) if d.representation=='histogram' and 'leak' not in d.original else None)
     return (out,lit) if two else out
 
 # %% ../nbs/06b_views.ipynb #b0d4213c
@@ -219,13 +219,14 @@ def _original_events(batch, d, draws):
     own,fit,size = 'own_size' in d.original,d.frame_fit,batch.size
     if fit=='scale_crop':     # N-ImageNet's way has fixed sizes, and cuts coordinates off
         own,size = False,d.input_size if draws is None else scaled_size(d, batch.size)
-        y,x = (((v*n)//s) for v,n,s in zip((batch.y,batch.x), size, batch.size))
+        large = min(d.input_size)*8/7/min(batch.size)          # in training both axes by one factor
+        y,x = ((v*(n/s if draws is None else large)).int() for v,n,s in zip((batch.y.double(),batch.x.double()), size, batch.size))
         batch = replace(batch, x=x, y=y)
     draws = draws or Draws()
     counts = batch.p if 'brighter_only' in d.original else torch.ones_like(batch.p)
     if draws.back is not None:
         batch = reverse_events(batch, draws.back)
-        if draws.back[0]: counts = counts.flip(0)
+        if draws.back[0] and batch.t is not None: counts = counts.flip(0)    # with times, the order is reversed
     edge = lambda b: (int(b.y.max())+1, int(b.x.max())+1) if own and len(b.x) else size
     if draws.mirror is not None and draws.mirror[0]: batch = replace(batch, x=edge(batch)[1]-1-batch.x)
     if draws.shift is not None:
@@ -239,7 +240,7 @@ def _original_channels(batch, counts, d):
     "Channels of one sample over 255, `(1, 3, H, W)`, in whole bytes where asked."
     x = torch.zeros(1, 3, *batch.size, device=batch.x.device)
     x[:,::2] = histogram(keep(batch, counts))
-    if d.timesurface and len(batch.x): x[:,1:2] = time_surface(batch)*255 + 1e-4      # as their float64 would be cut off
+    if d.timesurface and len(batch.x): x[:,1:2] = time_surface(batch)*255 + 2e-5      # as their float64 would be cut off
     return (x.floor().remainder(256) if 'bytes' in d.original else x)/255
 
 def original_frames(

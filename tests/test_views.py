@@ -128,6 +128,15 @@ def test_defect_10_colour_leaves_the_times_alone():
     leaks = [make_frames(batch, replace(d, original=('leak',)), seeded(s), .4)[:,1].any() for s in range(12)]
     assert any(leaks)
 
+def test_which_events_count_does_not_depend_on_how_they_are_carried():
+    "brighter_only and a reversal: what was brighter becomes darker, the rest is lost."
+    batch,each = packed((400,))
+    d = replace(RAW, original=('brighter_only',), time_flip=1., input_H=36, input_W=48)
+    one,two = (make_frames(b, d, seeded())[0] for b in (batch, batch.unpack()))
+    bright = each[0][each[0]['p']]
+    assert torch.equal(one, two) and not one[0].any() and round(float(one[2].sum()*255))==len(bright)
+    assert sorted(zip(*one[2].nonzero().T.tolist()))==sorted({(int(e['y']),int(e['x'])) for e in bright})
+
 # ---- the original's values
 def test_operations_on_bytes_are_the_originals_to_the_last_digit(shared):
     golden,tried = np.load(shared/'golden'/'randaug.npz'),0
