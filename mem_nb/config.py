@@ -281,6 +281,7 @@ def _check_combinations(cfg, where):
         (H%cfg.patch==0==W%cfg.patch, f"input_H = {H} and input_W = {W} should be multiples of the patch, 2**num_layers = {cfg.patch} pixels"),
         (0<n<h*w, f"num_mask_patches = {n} should lie in 1…{h*w-1}, since the grid has {h}×{w} = {h*w} patches"),
         (whole(cfg.run.seed, cfg.data.split_seed, *cfg.finetune.seeds), "seed, split_seed and class_seeds should be whole numbers, 0 or above"),
+        (0<=cfg.data.window_us<2**38 and cfg.data.window_overlap<1, "window_us should lie in 0…2**38, and window_overlap below 1: else windows never end"),
         (cfg.data.num_digits<=5000, f"num_digits = {cfg.data.num_digits}, but there are 5000 pictures to simulate from"),
         (e.emb%e.heads==0, f"transformer_emb = {e.emb} should be a multiple of transformer_heads = {e.heads}"),
         *((o in ORIGINAL, f"original has {o!r}; known: {', '.join(ORIGINAL)}") for o in cfg.data.original),

@@ -94,4 +94,5 @@ def all_frames(
     indices=None,         # which recordings; None: all
 ) -> torch.Tensor:        # `(n, C, H, W)` float32
     "Deterministic frames of many recordings, for simple baselines and pictures."
+    if not len(store): raise ValueError(f"split {store.split!r} of {store.folder} is empty; set val_fraction above 0 and prepare again")
     return torch.cat([make_frames(b, d) for b in eval_batches(store, indices, max_events=d.slice_max_evs)])

@@ -7,7 +7,8 @@ __all__ = ['SUFFIXES', 'DATASETS', 'Dataset', 'gesture_label', 'gesture_chunks',
            'store_path', 'prepared', 'prepare', 'prepare_samples']
 
 # %% ../nbs/04d_datasets.ipynb #8ea8ae5b
-import hashlib, json, os, re, time
+import hashlib, os, re, time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -16,7 +17,7 @@ from .events import check_events, make_events
 from .formats import EventFileError, event_chunks
 from .pack import Recording, Sample, Window
 from .simulate import simulate_digits
-from .store import fingerprint, read_manifest, split_hash, write_store
+from .store import check_ours, fingerprint, old_manifest, read_manifest, split_hash, write_store
 
 # %% ../nbs/04d_datasets.ipynb #437d4836
 SUFFIXES = ('.bin','.dat','.raw','.aedat4','.h5','.hdf5','.npz','.npy','.txt','.csv')
@@ -71,10 +72,12 @@ def find_dataset(name:str) -> Dataset:
 
 # %% ../nbs/04d_datasets.ipynb #0e7f988d
 def _files(folder, suffixes):
-    "All files below, in order, that end as they should; hidden ones are left out."
-    found,ends = [],tuple(suffixes)
-    for at,dirs,names in os.walk(folder):
-        dirs[:] = [d for d in dirs if not d.startswith('.')]
+    "All files below, in order, that end as they should; links are followed, hidden files left out."
+    found,ends,been = [],tuple(suffixes),set()
+    for at,dirs,names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(at)) in been: dirs[:] = []; continue     # a link that leads back
+        been.add(real)
+        dirs[:] = sorted(d for d in dirs if not d.startswith('.'))
         found += [os.path.join(at, n) for n in names if n.lower().endswith(ends) and not n.startswith('.')]
     return [Path(p) for p in sorted(found)]
 
@@ -85,10 +88,10 @@ def _class_files(folder, dataset):
         for p in _files(folder, dataset.suffixes): found.setdefault(dataset.label_of(p.relative_to(folder)), []).append(p)
         if not found: raise ValueError(f"{folder} holds no {' or '.join(dataset.suffixes)} file")
         return dict(sorted(found.items()))
-    found = {c.name:[p for p in sorted(c.iterdir()) if p.suffix.lower() in dataset.suffixes] for c in sorted(folder.iterdir()) if c.is_dir() and not c.name.startswith('.')}
+    found = {c.name:[p for p in sorted(c.iterdir()) if p.suffix.lower() in dataset.suffixes and not p.name.startswith('.')] for c in sorted(folder.iterdir()) if c.is_dir() and not c.name.startswith('.')}
     for c,files in found.items():
         if not files: raise ValueError(f"class folder {folder/c} holds no {' or '.join(dataset.suffixes)} file; remove it or fill it")
-        twice = [p.stem for p,q in zip(files, files[1:]) if p.stem==q.stem]
+        twice = [stem for stem,n in Counter(p.stem for p in files).items() if n>1]
         if twice: raise ValueError(f"class folder {folder/c} holds {twice[0]} in two formats; keep one of them")
     if not found: raise ValueError(f"{folder} holds no class folders; a labelled data set is one folder a class. For unlabelled files use data_set = recordings")
     return found
@@ -103,7 +106,7 @@ def list_recordings(
 ) -> list:                  # Recordings, ordered by split, class, file
     "Files with class and split; raises FileNotFoundError or ValueError where folder, class or split list do not fit."
     root = Path(root)
-    if not str(root).strip('.') or not root.is_dir(): raise FileNotFoundError(f"no data folder {str(root)!r}; set data_path to the folder of the recordings")
+    if not root.is_dir(): raise FileNotFoundError(f"no data folder {str(root)!r}; set data_path to the folder of the recordings")
     classes = _class_files if dataset.labelled else _unlabelled
     train,val = root/dataset.train,root/dataset.val
     whole = train if train.is_dir() else root
@@ -130,7 +133,7 @@ def _drawn_split(files, folder, dataset, val_fraction, seed):
     "Draw `val_fraction` of each class for validation."
     out = []
     for label,paths in files.items():
-        rng = np.random.default_rng([seed, *label.encode()])
+        rng = np.random.default_rng([seed, *os.fsencode(label)])
         num = max(1, round(val_fraction*len(paths))) if val_fraction and len(paths)>1 else 0
         val = set(rng.permutation(len(paths))[:num].tolist())
         out += [_recording(p, label, 'val' if i in val else 'train', folder, dataset) for i,p in enumerate(paths)]
@@ -164,7 +167,8 @@ def _listed_split(files, folder, dataset, split_file):
 def _settings(cfg):
     "What a store depends on: sensor of the data set, sensor as given, windows."
     d,dataset = cfg.data,find_dataset(cfg.data.data_set)
-    given = (d.sensor_H,d.sensor_W) if d.sensor_H and d.sensor_W else None
+    if bool(d.sensor_H)!=bool(d.sensor_W): raise ValueError("give both sensor_H and sensor_W, or neither")
+    given = (d.sensor_H,d.sensor_W) if d.sensor_H else None
     if given and dataset.size and given!=dataset.size and d.data_set!='digits':
         raise ValueError(f"sensor_H and sensor_W say {given}, but {d.data_set} has a sensor of {dataset.size}; leave them out")
     count,us = (0,d.window_us) if d.window_us else (d.slice_max_evs,0)
@@ -183,6 +187,7 @@ def store_path(
 def _sources(cfg):
     "The recordings of a configuration; those of `digits` are simulated first."
     d,root = cfg.data,Path(cfg.data.data_path)
+    if not d.data_path: raise FileNotFoundError("no data folder ''; set data_path to the folder of the recordings")
     if d.data_set=='digits':
         root /= f'{d.num_digits}_seed{d.split_seed}'
         simulate_digits(root, d.num_digits, d.split_seed, (d.sensor_H or 34, d.sensor_W or 34))
@@ -193,12 +198,14 @@ def prepared(
 ) -> Path:       # folder of the store
     "Pack the recordings of a configuration, unless that is done; raises where folder, files or split do not fit."
     d,folder,settings = cfg.data,store_path(cfg),_settings(cfg)
-    there = (folder/'manifest.json').exists()
-    if not there and folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"{folder} holds something that is no packed store; set store_path to a new or empty folder")
-    asked = repr((d.data_set, *settings, d.split_file, d.val_fraction, d.split_seed))
-    manifest = json.loads((folder/'manifest.json').read_text()) if there else {}
-    if there and manifest.get('asked')==asked and not Path(d.data_path).is_dir(): return folder   # the raw files may be gone by now
+    if not (folder/'manifest.json').exists(): check_ours(folder)
+    if Path(os.path.abspath(folder)) in (raw := Path(os.path.abspath(d.data_path)), *raw.parents):
+        raise ValueError(f"the recordings in {d.data_path} lie within the store {folder}; set store_path to a folder of its own")
+    asked = repr((d.data_path, d.num_digits, d.data_set, *settings, d.split_file, d.val_fraction, d.split_seed))
+    manifest = old_manifest(folder)
+    if manifest.get('asked')==asked and not raw.is_dir():
+        print(f"{d.data_path} is gone; the store {folder} that was made of it is used as it is")
+        return folder
     sources = _sources(cfg)
     if manifest.get('seen')!=(seen := fingerprint(sources, d.data_set, *settings)):
         write_store(sources, folder, *settings, cfg.run.prepare_workers, seen, data_set=d.data_set, asked=asked)
@@ -226,4 +233,5 @@ def prepare_samples(
     "Pack the samples of somebody else's data set, such as tonic's; ValueError for events that are none."
     name = lambda target: f'{int(target):05d}' if classes is None else str(classes[int(target)])
     sources = [Sample(data, i, name(data[i][1]), split) for split,data in (('train',train),('val',val)) for i in range(len(data))]
-    return write_store(sources, folder, size, workers=workers)
+    manifest,seen = old_manifest(folder),fingerprint(sources, size)
+    return manifest if manifest.get('seen')==seen else write_store(sources, folder, size, workers=workers, seen=seen)

@@ -161,12 +161,13 @@ def _checked(path, name, n, start_us, end_us, size):
     limits = dict(RANGES, **({'y':(0,size[0]-1), 'x':(0,size[1]-1)} if size else {}))
     for x,y,t,p in f.columns(path, n, start_us):
         for a,k in zip((x,y,t,p), 'xytp'):
-            doubt = f.doubt or ('is the size of the sensor right, (H, W) = ' + str(tuple(size)) + '?' if size and k in 'xy' else '')
+            doubt = f'is the size of the sensor right, (H, W) = {tuple(size)}?' if size and k in 'xy' else f.doubt
             _check_column(path, k, a, *limits[k], at, doubt)
         _check_order(path, t, last, at, f.clock_bits, f.doubt)
         last,at = int(t[-1]),at+len(t)
         a = 0 if start_us is None else int(np.searchsorted(t, start_us))
         b = len(t) if end_us is None else int(np.searchsorted(t, end_us))
+        x,y,t = (c.astype(np.int64) if c.dtype.kind=='f' else c for c in (x,y,t))      # whole numbers, as was checked
         p = p if p.dtype==bool else p>0
         for i in range(a, b, n): yield tuple(c[i:min(i+n, b)] for c in (x,y,t,p))
         if end_us is not None and last>=end_us: return
@@ -182,7 +183,9 @@ def _naming(path, name):
     "What goes wrong inside a library becomes an EventFileError with the file's name."
     try: yield
     except (EventFileError, ImportError): raise
-    except Exception as e:   # damage makes zlib, NumPy and HDF5 raise a dozen kinds, from KeyError to MemoryError
+    except Exception as e:
+        if isinstance(e, OSError) and e.errno: raise      # the disk or the network, not the file
+        # damage makes zlib, NumPy and HDF5 raise a dozen kinds, from KeyError to MemoryError
         raise EventFileError(f"{path}: cannot be read as {name} ({type(e).__name__}: {e}); fetch it again") from e
 
 # %% ../nbs/02_formats.ipynb #869fd26b

@@ -36,7 +36,9 @@ class Tally:
         self.n,self.last = self.n+len(events),int(t[-1])
 
     def _count_pixels(self, events):
-        need = np.maximum(self.counts.shape[1:], (events['y'].max()+1, events['x'].max()+1))
+        top = int(events['y'].max())+1,int(events['x'].max())+1
+        if max(top)>2**12: raise ValueError(f"x or y reaches {max(top)-1}: no sensor is that large, and no store holds it; is the file what it seems?")
+        need = np.maximum(self.counts.shape[1:], top)
         self.counts = np.pad(self.counts, [(0,0), *((0,b-a) for a,b in zip(self.counts.shape[1:], need))])
         h,w = self.counts.shape[1:]
         place = ((~events['p']).astype(np.int64)*h + events['y'])*w + events['x']
@@ -118,8 +120,8 @@ def inspect_recording(
     t = Tally(size)
     try:
         for events in event_chunks(path): t.add(events)
-    except EventFileError as e: fault = str(e)
-    facts = {'format': f'{kind}, {os.path.getsize(path):,} bytes', 'sensor': f'(H, W) = {size}, says the header' if size else 'not said; (H, W) = ' + str(t.counts.shape[1:]) + ' holds all events'}
+    except ValueError as e: fault = str(e)
+    facts = {'format': f'{kind}, {os.path.getsize(path):,} bytes', 'sensor': f'(H, W) = {size}, says the header' if size else f'not said; (H, W) = {t.counts.shape[1:]} holds all events' if t.n else 'not said'}
     if t.n: facts |= tally_facts(t)
     if fault: facts['FAULT'] = (f'after {t.n:,} sound events: ' if t.n else '') + fault
     return Inspection(str(path), facts, t)

@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'GROUP', 'checked_columns', 'file_hash', 'Recording', 'Sample', 'Window', 'count_windows', 'TimeWindows',
-           'Row', 'pack_chunk', 'pack_source', 'source_groups', 'Turn', 'write_whole', 'done_groups', 'write_split']
+           'Row', 'pack_chunk', 'pack_source', 'source_groups', 'Aborted', 'Turn', 'write_whole', 'done_groups',
+           'write_split']
 
 # %% ../nbs/04b_pack.ipynb #0530577a
-import errno, hashlib, json, multiprocessing, os, shutil, sys, tempfile, time, zlib
+import hashlib, json, multiprocessing, os, shutil, sys, tempfile, threading, time, zlib
+import multiprocessing.connection
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
-from .events import check_events, make_events, pack_events
+from .events import EVENT_DTYPE, check_events, make_events, pack_events
 from .formats import open_recording
 
 # %% ../nbs/04b_pack.ipynb #3c1c4232
@@ -28,6 +30,7 @@ def checked_columns(
     "Columns of event arrays that somebody else's code gives. ValueError for pixels outside the sensor and times that run backwards."
     last = None
     for e in chunks:
+        if e.dtype!=EVENT_DTYPE: e = make_events(*(e[k] for k in 'xytp'))      # polarity may be -1 and 1 there
         check_events(e, size, where)
         if last is not None and e['t'][0]<last: raise ValueError(f"{where}: times run backwards, {e['t'][0]} µs after {last} µs")
         last = e['t'][-1]
@@ -51,14 +54,14 @@ class Recording:
     @property
     def where(self): return str(self.path)
     @property
-    def bytes(self): return os.path.getsize(self.path)
+    def bytes(self): return os.path.getsize(self.path) if self.path.exists() else 0      # a dead link is refused when it is read
     def open(self, registered=None, given=None):
         "Sensor `(H, W)` or None, and columns."
         if not self.reader: return open_recording(self.path, CHUNK, registered=registered, given=given)
         size = registered or given
         return size, checked_columns(self.reader(self.path, CHUNK, size=size), size, self.where)
     def digest(self): return file_hash(self.path)
-    def stamp(self): return f'{(s := os.stat(self.path)).st_size} {s.st_mtime_ns}'
+    def stamp(self): return f'{(s := os.stat(self.path)).st_size} {s.st_mtime_ns}' if self.path.exists() else 'absent'
 
 # %% ../nbs/04b_pack.ipynb #494cca91
 @dataclass(frozen=True)
@@ -222,6 +225,9 @@ def source_groups(
         size += s.bytes
     return list(zip(cuts, [*cuts[1:], len(sources)]))
 
+class Aborted(Exception):
+    "Another worker has failed, and says why."
+
 class Turn:
     "Whose place in the common file comes next, and where it is."
     def __init__(self, context, group, byte): self.group,self.byte,self.moved = context.Value('q', group),context.Value('q', byte),context.Condition()
@@ -234,7 +240,7 @@ class Turn:
         "Wait until all groups before have taken theirs; the first byte of this one's `size`."
         with self.moved:
             self.moved.wait_for(lambda: self.group.value in (group,-1))
-            if self.group.value<0: raise OSError('another worker of prepare has failed')
+            if self.group.value<0: raise Aborted
             place = self.byte.value
             self._set(group+1, place+size)
         return place
@@ -257,21 +263,26 @@ _plan = {}   # of a worker process: sources, turn, folder, split, and what pack_
 
 def _set_plan(plan): _plan.update(plan, row=Row(plan['folder']))
 
-def _pack_into(row, sources, how):
-    "Pack sources one after the other: facts about them, and those refused. A full disk is nobody's fault but the disk's."
+def _start_worker(plan):
+    "A worker does not outlive the process that started it."
+    def wait(): multiprocessing.connection.wait([multiprocessing.parent_process().sentinel]); os._exit(1)
+    threading.Thread(target=wait, daemon=True).start()
+    _set_plan(plan)
+
+def _pack_into(row, sources, first, how):
+    "Pack sources one after the other: facts about them, and those refused. What the machine does wrong, such as a full disk, is no fault of a file."
     facts,refused = [],[]
-    for s in sources:
-        try: facts.append(pack_source(s, row, *how))
-        except (ValueError, OSError) as e:
-            if getattr(e, 'errno', None)==errno.ENOSPC: raise
-            refused.append(dict(name=f'{s.split}/{s.name}', reason=str(e) if s.where in str(e) else f'{s.where}: {e}'))
+    for i,s in enumerate(sources, first):
+        try: facts.append(dict(pack_source(s, row, *how), at=i))
+        except ValueError as e: refused.append(dict(name=f'{s.split}/{s.name}', reason=str(e) if s.where in str(e) else f'{s.where}: {e}'))
+        except OSError as e: raise OSError(e.errno, f"{s.where}: {e.strerror or e}; what is packed is kept: run the same command again") from e
     return facts,refused
 
 def _pack_group(group, start, stop):
     "Pack some sources, write them in their place, then note that it is done: events and files."
     folder,split,turn,row = _plan['folder'],_plan['split'],_plan['turn'],_plan['row']
     try:
-        facts,refused = _pack_into(row, _plan['sources'][start:stop], _plan['how'])
+        facts,refused = _pack_into(row, _plan['sources'][start:stop], start, _plan['how'])
         place = turn.take(group, size := 8*len(row))
         with open(folder/f'{split}.events', 'r+b') as flat: flat.seek(place); row.copy_to(flat)
     except BaseException: turn.fail(); raise
@@ -330,10 +341,14 @@ def _run_groups(plan, groups, first, workers, context):
     "`_pack_group` on each group, in this process or in several."
     if workers<=1:
         _set_plan(plan)
-        yield from (_pack_group(first+i, *g) for i,g in enumerate(groups))
+        try: yield from (_pack_group(first+i, *g) for i,g in enumerate(groups))
+        finally: _plan.clear()          # the row takes memory
         return
-    pool = ProcessPoolExecutor(workers, context, _set_plan, (plan,))
+    pool,failed = ProcessPoolExecutor(workers, context, _start_worker, (plan,)),None
     try:
-        for f in as_completed([pool.submit(_pack_group, first+i, *g) for i,g in enumerate(groups)]): yield f.result()
+        for f in as_completed([pool.submit(_pack_group, first+i, *g) for i,g in enumerate(groups)]):
+            if isinstance(f.exception(), Aborted): failed = f.exception()     # the one to blame comes, too
+            else: yield f.result()
+        if failed: raise failed
     except BrokenProcessPool: raise OSError(f"a worker of prepare was killed (out of memory?); {plan['folder']} keeps what is done: run the same command again, perhaps with prepare_workers=1") from None
     finally: pool.shutdown(cancel_futures=True)

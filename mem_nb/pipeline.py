@@ -64,8 +64,8 @@ def inspection(
     "What `mem_nb inspect PATH [picture=out.png]` does: print what is inside."
     options = dict(o.partition('=')[::2] for o in overrides)
     if not path or options.keys()-{'picture'}: raise ValueError("`mem_nb inspect` wants a recording or a store, and perhaps picture=out.png")
-    print(import_module('mem_nb.inspect').inspect(path, **options))
-    if options: print(f"picture: {options['picture']}")
+    print(found := import_module('mem_nb.inspect').inspect(path))
+    if options.get('picture') and found.tally: found.figure().savefig(options['picture'], dpi=120); print(f"picture: {options['picture']}")
 
 # %% ../nbs/18_pipeline.ipynb #5ccb341d
 def command(

@@ -156,3 +156,47 @@ def test_tonic_plugs_in(tmp_path):
     assert np.array_equal(frame[0][::-1], histogram(batch_events([raw], (34,34)))[0].numpy())
     again = tonic.transforms.TimeAlignment()(raw)
     assert again.dtype==raw.dtype and again['t'][0]==0
+
+# ---- where files lie
+def test_linked_folders_are_followed_once(tmp_path):
+    fill(tmp_path/'elsewhere', ['a.npy','deep/b.npy'])
+    (tmp_path/'raw').mkdir(); (tmp_path/'raw'/'link').symlink_to(tmp_path/'elsewhere'); (tmp_path/'elsewhere'/'back').symlink_to(tmp_path/'raw')
+    recs = list_recordings(tmp_path/'raw', DATASETS['recordings'], val_fraction=0)
+    assert [r.name for r in recs]==['link/a.npy','link/deep/b.npy']
+
+def test_names_may_hold_spaces_and_letters_of_any_script(tmp_path):
+    fill(tmp_path/'raw', ['eine Übung/今日 1.bin','eine Übung/2.bin','b/1.bin','b/2.bin'])
+    store = EventStore(prepare(conf(tmp_path/'raw', tmp_path, 'folder')))
+    assert store.classes==['b','eine Übung'] and set(store.names)<={'eine Übung/今日 1','eine Übung/2','b/1','b/2'}
+
+@pytest.mark.parametrize('line', ['window_overlap = 1', 'window_us = -5'])
+def test_windows_that_never_end_are_refused(line):
+    with pytest.raises(ValueError, match='window_overlap below 1'): parse_config(line)
+
+def test_without_validation_the_split_is_empty_but_opens(tmp_path):
+    fill(tmp_path/'raw', ['a.npy','b.npy'])
+    folder = prepare(conf(tmp_path/'raw', tmp_path, 'recordings', 'val_fraction = 0'))
+    assert len(EventStore(folder, 'val'))==0 and EventStore(folder, 'val').damaged()==[] and len(EventStore(folder))>0
+
+def test_a_store_does_not_swallow_the_recordings_it_is_made_of(tmp_path):
+    fill(tmp_path/'raw', ['a.npy','b.npy']); (tmp_path/'raw'/'manifest.json').write_text('{}')
+    for place in (tmp_path/'raw', tmp_path):
+        with pytest.raises(ValueError, match='lie within the store|holds something that is no packed store'): prepare(conf(tmp_path/'raw', tmp_path/'runs', 'recordings', f'store_path = {place}'))
+    assert len(list((tmp_path/'raw').iterdir()))==3
+
+def test_another_data_path_is_not_answered_from_the_old_store(tmp_path):
+    fill(tmp_path/'raw', ['c/1.bin','c/2.bin'])
+    prepare(conf(tmp_path/'raw', tmp_path, 'folder', f'store_path = {tmp_path}/st'))
+    with pytest.raises(FileNotFoundError, match='no data folder'): prepare(conf(tmp_path/'typo', tmp_path, 'folder', f'store_path = {tmp_path}/st'))
+
+def test_a_dead_link_is_refused_by_name_and_one_side_of_a_sensor_is_not_enough(tmp_path):
+    fill(tmp_path/'raw', ['c/1.bin','c/2.bin','c/3.bin']); (tmp_path/'raw'/'c'/'4.bin').symlink_to(tmp_path/'nowhere')
+    m = read_manifest(prepare(conf(tmp_path/'raw', tmp_path, 'folder')))
+    assert m['recordings']==3 and '4.bin' in m['refused'][0]['reason'] and 'no such file' in m['refused'][0]['reason']
+    with pytest.raises(ValueError, match='both sensor_H and sensor_W'): prepare(conf(tmp_path/'raw', tmp_path, 'folder', 'sensor_H = 34'))
+
+def test_stores_of_another_version_are_prepared_again(tmp_path):
+    fill(tmp_path/'raw', ['c/1.bin','c/2.bin'])
+    cfg = conf(tmp_path/'raw', tmp_path, 'folder'); folder = prepare(cfg)
+    m = json.loads((folder/'manifest.json').read_text()); m['version'] = 2; (folder/'manifest.json').write_text(json.dumps(m))
+    assert read_manifest(prepare(cfg))['version']==3

@@ -1,5 +1,5 @@
 "The packed store: what is in it, how it is opened, and how damage is told."
-import json, os
+import json, os, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest
 from mem_nb.events import make_events
@@ -64,12 +64,47 @@ def test_without_a_size_the_largest_coordinates_count(tmp_path):
     assert m['size']==[8,10] and m['events']==3
 
 def test_two_processes_do_not_write_one_store(sources, tmp_path):
-    import fcntl
-    aside = tmp_path/'store.preparing'; aside.mkdir()
-    with open(aside/'.lock', 'w') as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        with pytest.raises(OSError, match='another process is preparing'): write_store(sources, tmp_path/'store', (34,34), workers=1)
-    write_store(sources, tmp_path/'store', (34,34), workers=1)   # the lock goes with its holder
+    code = f"import fcntl, time; f = open({str(tmp_path/'.store.lock')!r}, 'w'); fcntl.lockf(f, fcntl.LOCK_EX); f.write('4711'); f.flush(); print('held', flush=True); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline()=='held\n'
+        with pytest.raises(OSError, match='process 4711 is preparing .*wait for it'): write_store(sources, tmp_path/'store', (34,34), workers=1)
+    finally: other.kill(); other.wait()
+    write_store(sources, tmp_path/'store', (34,34), workers=1)   # the lock goes with its holder, however it ends
+
+@pytest.mark.parametrize('end', ['', '.preparing', '.old'])
+def test_nobodys_files_are_ever_removed(sources, tmp_path, end):
+    mine = tmp_path/f'thesis{end}'; mine.mkdir()
+    (mine/'chapter1.tex').write_text('hi'); (mine/'manifest.json').write_text('{}')
+    with pytest.raises(ValueError, match='holds something that is no packed store, such as chapter1.tex'): write_store(sources, tmp_path/'thesis', (34,34), workers=1)
+    assert (mine/'chapter1.tex').read_text()=='hi'
+
+@pytest.mark.parametrize('at', ['before', 'old moved', 'new moved'])
+def test_a_kill_in_the_final_swap_costs_nothing(sources, tmp_path, monkeypatch, at):
+    import mem_nb.store as store
+    write_store(sources[:30], tmp_path/'store', (34,34), workers=1)
+    real,calls = os.replace,[]
+    def dies(a, b):
+        if Path(a).name.endswith('.part'): return real(a, b)
+        calls.append(a)
+        if at=='before' or (at=='old moved' and len(calls)==2): raise KeyboardInterrupt
+        real(a, b)
+        if at=='new moved' and len(calls)==2: raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(store.os, 'replace', dies)
+        with pytest.raises(KeyboardInterrupt): write_store(sources, tmp_path/'store', (34,34), workers=1)
+    packed = []
+    monkeypatch.setattr(store, 'write_split', lambda *a: packed.append(a))
+    if at!='new moved': write_store(sources, tmp_path/'store', (34,34), workers=1)
+    assert not packed and EventStore(tmp_path/'store').manifest['recordings']==len(sources)
+
+def test_events_beyond_the_sensor_that_another_file_names_are_an_error(tmp_path):
+    far = (make_events([50],[60],[0],[1]), 0)
+    named = Recording(tmp_path/'a', 'c', 'train', 'a')
+    object.__setattr__(named, 'open', lambda *a: ((34,34), iter([tuple(np.array([v]) for v in (1,1,0,True))])))
+    (tmp_path/'a').write_bytes(b'x')
+    with pytest.raises(ValueError, match=r'c/0000000 has events up to .*\(61, 51\), beyond the sensor \(34, 34\) that train/c/a tells of'):
+        write_store([named, Sample([far], 0, 'c', 'train')], tmp_path/'store', workers=1)
 
 def test_leftovers_of_other_settings_are_not_taken_for_good(sources, tmp_path):
     write_store(sources, tmp_path/'a', (34,34), workers=1)
