@@ -8,6 +8,7 @@ __all__ = ['OUTSIDE', 'MASKS', 'hide_first', 'random_mask', 'draw_sizes', 'draw_
 
 # %% ../nbs/10_masking.ipynb #c6fb0e58
 import math, torch, torch.nn.functional as F
+from functools import cache
 
 # %% ../nbs/10_masking.ipynb #c5cb44cf
 def hide_first(
@@ -68,7 +69,15 @@ def draw_blocks(
 def _span(first, length, n):
     "Which of `n` places, on a ring, lie in a span; `(batch,)` each -> `(n, batch)` of 0 and 1."
     place = torch.arange(n, device=first.device, dtype=torch.float32)[:,None]-first
-    return (torch.where(place<0, place+n, place) < length).view(torch.uint8)
+    return (place.sub_((place/n).floor_().mul_(n)) < length).view(torch.uint8)   # modulo n; faster than `%` or `where`
+
+@cache
+def _rolls(grid, device):
+    "`(h*w, h*w)`: row `s` names the patch that each place takes its value from, rolled by `s`."
+    h,w = grid
+    place = torch.arange(h*w, device=device)
+    y,x = place//w,place%w
+    return (y[:,None]+y)%h*w + (x[:,None]+x)%w
 
 def roll_masks(
     masks:torch.Tensor,  # `(batch, h*w)`
@@ -76,10 +85,7 @@ def roll_masks(
     shift:torch.Tensor,  # `(batch,)` number of the patch that becomes the first
 ) -> torch.Tensor:       # `(batch, h*w)`
     "Roll each mask on the grid whose opposite edges are joined."
-    (h,w),place = grid,torch.arange(grid[0]*grid[1], device=masks.device)
-    y,x = place//w,place%w
-    table = (y[:,None]+y)%h*w + (x[:,None]+x)%w      # (h*w, h*w): row s rolls by s
-    return masks.gather(1, table.index_select(0, shift))
+    return masks.gather(1, _rolls(tuple(grid), str(masks.device)).index_select(0, shift))
 
 def block_mask(
     grid:tuple,                 # patches `(h, w)`
@@ -104,7 +110,7 @@ def block_mask(
         active = active & ~ends
         last |= block & ends
         done |= block & active
-        left = torch.where(active.bool(), now, left)
+        left = now
         if device.type=='cpu' and not active.any(): break                              # on a GPU asking costs more
     done,last = (v.view(size, b).T.contiguous() for v in (done, last | active))        # (b, h*w); all that is open, for the unfinished
     last &= ~done & 1
