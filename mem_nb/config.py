@@ -329,8 +329,7 @@ def parse_config(
 # %% ../nbs/00_config.ipynb #e65f8796
 def _show(value):
     "A value as it stands in a file."
-    if isinstance(value, bool): return str(int(value))
-    return ' '.join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return ' '.join(map(str, value)) if isinstance(value, tuple) else str(int(value) if isinstance(value, bool) else value)
 
 def config_text(
     cfg:Config,       # configuration
@@ -346,8 +345,7 @@ def config_text(
 
 def save_config(cfg:Config, path:str|Path):
     "Write every key to `path`, atomically."
-    temporary = Path(f'{path}.tmp')
-    temporary.parent.mkdir(parents=True, exist_ok=True)
+    (temporary := Path(f'{path}.tmp')).parent.mkdir(parents=True, exist_ok=True)
     try: temporary.write_text(config_text(cfg)); temporary.replace(path)
     finally: temporary.unlink(missing_ok=True)
 

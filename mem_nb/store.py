@@ -103,6 +103,7 @@ def cores() -> int:
     "Processor cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
+# %% ../nbs/04c_store.ipynb #a9cf4373
 def write_store(
     sources:list,        # Recordings or Samples, train and val
     folder:str|Path,     # the store
