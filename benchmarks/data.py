@@ -190,7 +190,7 @@ def samples(tmp, num=64, n=100_000):
     torch.set_num_threads(1)
     fill(tmp/'samples', num, n)
     prepared(tmp, tmp/'samples')
-    store = EventStore(next((tmp/'runs'/'stores').iterdir()))
+    store = EventStore(next((tmp/'runs'/'stores').glob('folder-*')))
     d,g,rng,b = DataConfig(),torch.Generator().manual_seed(0),np.random.default_rng(0),32
     load = lambda: collate(store, np.arange(b), d.slice_max_evs, torch.rand(b, generator=g).tolist())
     def pretraining(two):
@@ -249,7 +249,7 @@ def growth(tmp, most_files=10**5):
             (tmp/'grow'/c).mkdir(parents=True)
             for i in range(2): np.save(tmp/'grow'/c/f'{i}.npy', some_events(n, i, span=3*n))
         prepared(tmp, tmp/'grow', more=('val_fraction = 0.5',))
-        store = EventStore(next((tmp/'runs'/'stores').iterdir()))
+        store = EventStore(next((tmp/'runs'/'stores').glob('folder-*')))
         rates[n] = 32/best(lambda: make_frames(collate(store, np.arange(32)%2, d.slice_max_evs, torch.rand(32, generator=g).tolist()), d, g), 5)
     for n in [k for k in (10**2,10**3,10**4,10**5) if k<=most_files]:
         shutil.rmtree(tmp/'grow', ignore_errors=True)
