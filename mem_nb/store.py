@@ -91,13 +91,18 @@ def _locked(folder):
     "Nobody else writes this store; the lock goes with the process, however it ends."
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.with_name(f'.{folder.name}.lock')
-    with open(path, 'a+') as f:
+    while True:
+        f = open(path, 'a+')
         try: fcntl.lockf(f, fcntl.LOCK_EX|fcntl.LOCK_NB)     # not inherited by workers
         except (BlockingIOError, PermissionError):
             f.seek(0)
             raise OSError(f"process {f.read().strip() or '?'} is preparing {folder}; wait for it, or end it") from None
+        if path.exists() and os.path.samestat(os.stat(path), os.fstat(f.fileno())): break
+        f.close()        # its holder has just removed it
+    try:
         f.truncate(0); f.write(str(os.getpid())); f.flush()
         yield
+    finally: path.unlink(missing_ok=True); f.close()
 
 def cores() -> int:
     "Processor cores that this process may use."
