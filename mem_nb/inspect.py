@@ -7,12 +7,11 @@ __all__ = ['Tally', 'hot_pixels', 'tally_facts', 'Inspection', 'inspect_recordin
 
 # %% ../nbs/04e_inspect.ipynb #3499691b
 import html, os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
-from .events import make_events, unpack_events
-from .formats import EventFileError, event_chunks, file_format, recording_size
+from .formats import event_chunks, file_format, recording_size
 from .store import EventStore, read_manifest, read_sources
 from .viz import BRIGHTER, DARKER, fig_to_base64, show_events, show_frame, style
 

@@ -1,11 +1,9 @@
 "Every format by the same laws: pieces are the whole, a window is that part of it, other people's tools agree."
-import subprocess, sys
-from pathlib import Path
 import numpy as np, pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
-from mem_nb import cameras, containers
-from mem_nb.events import EventFileError, make_events
-from mem_nb.formats import WRITERS, event_chunks, file_format, open_recording, read_events, recording_size, sensor_size, write_events
+from hypothesis import strategies as st
+from mem_nb import cameras
+from mem_nb.events import make_events
+from mem_nb.formats import event_chunks, read_events, recording_size, write_events
 
 def events(n=3000, seed=0, size=(48,64), span=200_000):
     rng = np.random.default_rng(seed)
