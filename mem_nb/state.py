@@ -7,7 +7,7 @@ __all__ = ['NOT_OF_THE_RESULT', 'atomic', 'write_json', 'save_weights', 'load_we
            'check_settings', 'TrainingState', 'read_log', 'rewind_log', 'append_log', 'is_done', 'final_metrics',
            'finish']
 
-# %% ../nbs/08_state.ipynb #80348be3
+# %% ../nbs/08_state.ipynb #c38b3881
 import errno, hashlib, json, os, shutil
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from .config import Config, conf_keys
 
-# %% ../nbs/08_state.ipynb #cdb737b7
+# %% ../nbs/08_state.ipynb #c3bb0268
 @contextmanager
 def atomic(path):
     "Gives a temporary path beside `path` that takes its place when all went well, and is removed when not."
@@ -39,7 +39,7 @@ def write_json(obj, path):
     "Write `obj` as JSON, atomically."
     with atomic(path) as tmp: tmp.write_text(json.dumps(obj, indent=1))
 
-# %% ../nbs/08_state.ipynb #8aa92ac4
+# %% ../nbs/08_state.ipynb #c208226f
 def save_weights(model:nn.Module, path:str|Path):
     "Write a model's weights to a `.safetensors` file, atomically."
     state = {k:v.detach().cpu().contiguous().clone() for k,v in model.state_dict().items()}
@@ -47,12 +47,12 @@ def save_weights(model:nn.Module, path:str|Path):
 
 def load_weights(
     model:nn.Module,  # changed in place
-    path:str|Path,    # from `save_weights`
+    path:str|Path,    # from `save_weights`, or the `state.pt` of a training that did not end
 ) -> nn.Module:       # the same
     "Read weights; raises FileNotFoundError, or ValueError that names missing, extra and misshapen weights."
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"no weights at {str(path)!r}; has the step before this one run?")
-    try: state = load_file(path)
+    try: state = torch.load(path, map_location='cpu', weights_only=True)['model'] if path.suffix=='.pt' else load_file(path)
     except Exception as e: raise ValueError(f"{path} is no readable safetensors file ({e}); remove it and train again") from None
     want = model.state_dict()
     wrong = [f'{k} {tuple(v.shape)}, the model has {tuple(want[k].shape)}' for k,v in state.items() if k in want and v.shape!=want[k].shape]
@@ -152,7 +152,7 @@ def append_log(folder:str|Path, record:dict):
     "Add one line."
     with open(Path(folder)/'log.jsonl', 'a') as f: f.write(json.dumps(record)+'\n')
 
-# %% ../nbs/08_state.ipynb #b2d04cf6
+# %% ../nbs/08_state.ipynb #a9879645
 def is_done(folder) -> bool:
     "A step is done when its final weights and metrics exist."
     return all((Path(folder)/f'final.{end}').is_file() for end in ('safetensors','json'))
