@@ -20,6 +20,12 @@ class _Ragged:
     @property
     def num_events(self): return len(getattr(self, self.columns[0]))
 
+    @property
+    def own(self):
+        "Which samples of the batch that all processes share are these: (slice, number of all)."
+        first,total = self.rows or (0,len(self))
+        return slice(first, first+len(self)), total
+
     def _with(self, f): return replace(self, **{k:f(v) for k,v in vars(self).items() if torch.is_tensor(v)})
     def to(self, device): return self._with(lambda v: v.to(device, non_blocking=True))
     def pin_memory(self): return self._with(torch.Tensor.pin_memory)
@@ -45,6 +51,7 @@ class EventBatch(_Ragged):
     offsets:torch.Tensor  # `(B+1,)` int64: sample `i` is `offsets[i]:offsets[i+1]`
     labels:torch.Tensor   # `(B,)` int64, -1 where there is none
     size:tuple            # sensor `(H, W)` in pixels
+    rows:tuple=None       # (first, total) where several processes share a batch: these are rows first… of total
 
     columns = ('x','y','t','p')
 
@@ -88,6 +95,7 @@ class PackedBatch(_Ragged):
     offsets:torch.Tensor  # `(B+1,)` int64: sample `i` is `offsets[i]:offsets[i+1]`
     labels:torch.Tensor   # `(B,)` int64, -1 where there is none
     size:tuple            # sensor `(H, W)` in pixels
+    rows:tuple=None       # (first, total) where several processes share a batch: these are rows first… of total
 
     columns = ('words',)
 

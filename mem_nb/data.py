@@ -6,9 +6,9 @@
 __all__ = ['collate', 'StepBatches', 'train_batches', 'eval_batches', 'num_steps', 'make_frames', 'all_frames']
 
 # %% ../nbs/07_data.ipynb #59fc5bdb
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import numpy as np, torch
-from .config import DataConfig
+from .config import DataConfig, process_rank
 from .batches import PackedBatch
 from .augment import drop_events
 from .views import draw_changes, make_views
@@ -37,13 +37,17 @@ class StepBatches(torch.utils.data.Dataset):
     batch_size:int      # samples a batch
     seed:int            # of order and slices
     max_events:int      # consecutive events a sample at most
+    rank:int=0          # number of this process
+    world:int=1         # processes that share each batch
 
     def __getitem__(self, step):
         n = len(self.indices)
         places = step*self.batch_size + np.arange(self.batch_size)
         order = {e:np.random.default_rng([self.seed, 0, e]).permutation(n) for e in np.unique(places//n)}
         chosen = self.indices[[order[p//n][p%n] for p in places]]
-        return collate(self.store, chosen, self.max_events, np.random.default_rng([self.seed, 1, step]).random(len(chosen)))
+        starts = np.random.default_rng([self.seed, 1, step]).random(len(chosen))
+        own = slice(self.rank*len(chosen)//self.world, (self.rank+1)*len(chosen)//self.world)
+        return replace(collate(self.store, chosen[own], self.max_events, starts[own]), rows=(own.start, len(chosen)))
 
 def train_batches(
     store:EventStore,    # where to read
@@ -56,7 +60,9 @@ def train_batches(
     "Batches start…stop-1, for `Trainer`; raises ValueError for an empty store."
     indices = np.arange(len(store)) if indices is None else np.asarray(indices)
     if not len(indices): raise ValueError(f"no recordings to train on in {store.folder}, split {store.split!r}")
-    data = StepBatches(store, indices, batch_size, seed, max_events)
+    rank,world = process_rank()
+    if batch_size%world: raise ValueError(f"a batch of {batch_size} cannot be shared by {world} processes; take a multiple of {world}")
+    data = StepBatches(store, indices, batch_size, seed, max_events, rank, world)
     if not num_workers: return lambda start,stop: (data[k] for k in range(start, stop))
     return lambda start,stop: torch.utils.data.DataLoader(data, batch_size=None, sampler=range(start, stop), num_workers=num_workers)
 
@@ -86,7 +92,9 @@ def make_frames(
     "Frames of a batch, augmented where a generator is given."
     if generator is None: return make_views(batch, d, two=two_views)
     if d.event_drop: batch = drop_events(batch, d.event_drop, generator)
-    return make_views(batch, d, draw_changes(len(batch), batch.size, d, generator, jitter, saturation), two_views)
+    own,total = batch.own                # every process draws for the whole batch, and keeps its part
+    draws = draw_changes(total, batch.size, d, generator, jitter, saturation).part(own.start, own.stop)
+    return make_views(batch, d, draws, two_views)
 
 def all_frames(
     store:EventStore,     # where to read

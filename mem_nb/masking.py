@@ -134,10 +134,12 @@ def event_mask(
     n:int,                      # patches to hide
     generator:torch.Generator,  # draws on its own device
     floor:float=.1,             # an empty patch counts as this share of the mean
+    own:slice=slice(None),      # these are rows `own` of a batch …
+    batch:int=None,             # … of so many, for all of which is drawn; None: B
 ) -> torch.Tensor:              # `(B, N)` bool
     "Hide `n` patches, busy ones rather than empty ones."
     weight = amount + floor*amount.mean(-1, keepdim=True) + 1e-9
-    u = torch.rand(weight.shape, generator=generator, device=generator.device).clamp_min(1e-30)
+    u = torch.rand((batch or len(weight), weight.shape[1]), generator=generator, device=generator.device)[own].clamp_min(1e-30)
     return hide_first(-u.log().to(weight.device)/weight, n)   # an exponential waiting time each: busy patches come first
 
 # %% ../nbs/10_masking.ipynb #379960b0
@@ -150,10 +152,12 @@ def make_masks(
     batch:int,                  # masks to draw
     generator:torch.Generator,  # draws on its own device
     frames:torch.Tensor=None,   # `(B, C, H, W)`, for event masks
-) -> torch.Tensor:              # `(batch, h*w)` bool, True where hidden
+    own:slice=None,             # which of the `batch` masks are wanted, and `frames` are of; None: all
+) -> torch.Tensor:              # `(batch or part, h*w)` bool, True where hidden
     "Masks of one kind for a batch; raises ValueError for an unknown kind or an `n` that does not fit the grid."
-    if kind=='random': return random_mask(grid, n, generator, batch)
-    if kind=='block': return block_mask(grid, n, generator, batch)
+    own = own or slice(batch)
+    if kind=='random': return random_mask(grid, n, generator, batch)[own]
+    if kind=='block': return block_mask(grid, n, generator, batch)[own]
     if kind!='event': raise ValueError(f"unknown masking {kind!r}; known: {', '.join(MASKS)}")
     if frames is None: raise ValueError("masking = event looks at the frames; pass frames=")
-    return event_mask(patch_events(frames, frames.shape[2]//grid[0]), n, generator)
+    return event_mask(patch_events(frames, frames.shape[2]//grid[0]), n, generator, own=own, batch=batch)

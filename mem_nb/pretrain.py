@@ -116,9 +116,9 @@ class HiddenTask:
     @property
     def patch(self): return self.data.input_H//self.grid[0]
 
-    def masks(self, frames, generator):
-        "`(B, N)` bool, exactly `num_hidden` True in each row."
-        return make_masks(self.kind, self.grid, self.num_hidden, len(frames), generator, frames)
+    def masks(self, frames, generator, own=None, batch=None):
+        "`(B, N)` bool, exactly `num_hidden` True in each row; of rows `own` of a `batch` of so many that processes share."
+        return make_masks(self.kind, self.grid, self.num_hidden, batch or len(frames), generator, frames, own)
 
     def counts(self, frames, mask):
         "Which of the hidden patches the loss counts, `(mask.sum(),)` bool; None: all."
@@ -129,7 +129,7 @@ class HiddenTask:
         saturation = self.jitter if self.data.representation=='histogram' else 0.
         views = make_frames(batch, self.data, generator, self.jitter, saturation, self.two_views)
         target,seen = views if self.two_views else (views,views)
-        mask = self.masks(target, generator)
+        mask = self.masks(target, generator, *batch.own)
         return self.judge(model(seen, mask), target, mask)
 
     def shown(self, store, device, limit=10**9):

@@ -4,25 +4,28 @@
 
 # %% auto #0
 __all__ = ['SCALE_FLOOR', 'SHOWN', 'step_seed', 'step_generator', 'cosine_schedule', 'pick_device', 'make_accelerator',
-           'check_finite', 'train_step', 'Trainer', 'fit', 'NOT_OF_THE_RESULT', 'TrainingState', 'atomic',
-           'check_settings', 'final_metrics', 'is_done', 'load_weights', 'read_log', 'save_weights', 'step_settings',
-           'weights_hash', 'write_json']
+           'check_finite', 'train_step', 'listening', 'Loss', 'Trainer', 'fit', 'NOT_OF_THE_RESULT', 'TrainingState',
+           'atomic', 'check_settings', 'final_metrics', 'is_done', 'load_weights', 'read_log', 'save_weights',
+           'step_settings', 'weights_hash', 'write_json']
 
 # %% ../nbs/08b_train.ipynb #e2f1dfd0
-import hashlib, os, time
+import hashlib, os, signal, threading, time
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from math import cos, pi
 from pathlib import Path
 import numpy as np, torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import extract_model_from_parallel
+from accelerate.utils import InitProcessGroupKwargs
 from fastcore.basics import patch
 from timm.utils import ModelEmaV3
 from torch import nn
 from tqdm.auto import tqdm
-from .config import RunConfig
-from .state import (NOT_OF_THE_RESULT, TrainingState, append_log, atomic, check_settings, final_metrics, finish, is_done,
+from .config import RunConfig, Stopped, process_rank
+from .store import locked
+from .state import (NOT_OF_THE_RESULT, TrainingState, append_log, atomic, check_settings, final_metrics, finish, has_state, is_done,
                           load_weights, read_log, rewind_log, save_weights, step_settings, weights_hash, write_json)
 
 _all_ = ['NOT_OF_THE_RESULT','TrainingState','atomic','check_settings','final_metrics','is_done','load_weights','read_log',
@@ -38,10 +41,10 @@ def step_generator(
     step:int,      # of the run
     rank:int=0,    # number of the process
     device='cpu',  # where the generator draws
-) -> torch.Generator:
-    "A generator for one training step; also seeds torch's global one, which dropout uses."
+) -> torch.Generator:  # the same in every process, for what they draw together
+    "A generator for one training step; also seeds torch's global one, which dropout uses, apart for each process."
     torch.manual_seed(step_seed(seed, step, rank))
-    return torch.Generator(device).manual_seed(step_seed(seed, step, rank, 1))
+    return torch.Generator(device).manual_seed(step_seed(seed, step, 0, 1))
 
 # %% ../nbs/08b_train.ipynb #a6548740
 def cosine_schedule(
@@ -71,7 +74,8 @@ def make_accelerator(
     auto = 'no' if cpu or not torch.cuda.is_bf16_supported() else 'bf16'
     precision = {'auto':auto, 'fp32':'no'}.get(run.precision, run.precision)
     if AcceleratorState._shared_state: AcceleratorState._reset_state(PartialState().num_processes==1)  # precision may differ from step to step
-    return Accelerator(cpu=cpu, mixed_precision=precision, log_with='wandb' if run.wandb else None)
+    patient = InitProcessGroupKwargs(timeout=timedelta(hours=3))      # the others wait while the first validates
+    return Accelerator(cpu=cpu, mixed_precision=precision, log_with='wandb' if run.wandb else None, kwargs_handlers=[patient])
 
 # %% ../nbs/08b_train.ipynb #1df2f857
 def _start_wandb(acc, folder, run, settings, desc):
@@ -108,7 +112,7 @@ def check_finite(
 def train_step(
     acc:Accelerator,        # device and precision
     state:TrainingState,    # changed in place
-    loss_fn,                # (model, batch, step, generator) -> (loss, {name: tensor})
+    loss_fn,                # (batch, step, generator) -> (loss, {name: tensor}); a module, where processes share its gradient
     batches,                # iterator; `accumulate` batches are taken
     lr:float,               # learning rate of this step
     seed:int,               # of the run
@@ -121,8 +125,9 @@ def train_step(
     for i in range(accumulate):
         batch = next(batches).to(acc.device)
         generator = step_generator(seed, state.step*accumulate+i, acc.process_index, acc.device)
-        with acc.autocast(): loss,metrics = loss_fn(state.model, batch, state.step, generator)
-        acc.backward(loss/accumulate)
+        with acc.no_sync(loss_fn) if i<accumulate-1 else nullcontext():       # gradients are shared once a step
+            with acc.autocast(): loss,metrics = loss_fn(batch, state.step, generator)
+            acc.backward(loss/accumulate)
         samples += len(batch)
         for k,v in dict(metrics, loss=loss).items(): totals[k] = totals.get(k,0) + v.detach()/accumulate
     norm = acc.clip_grad_norm_(state.model.parameters(), grad_clip or float('inf'))
@@ -130,8 +135,27 @@ def train_step(
     except FloatingPointError as e: raise FloatingPointError(f"{e} at step {state.step}, learning rate {lr:.3g}") from None
     state.optimizer.step(); state.optimizer.zero_grad()
     state.step += 1
-    if state.ema is not None: state.ema.update(extract_model_from_parallel(state.model), step=state.step)
+    if state.ema is not None: state.ema.update(state.model, step=state.step)
     return dict(totals, grad_norm=norm), samples
+
+# %% ../nbs/08b_train.ipynb #e0c169df
+@contextmanager
+def listening():
+    "Note the signals USR1 and TERM while the loop runs, instead of dying of them; gives the list of those that came."
+    came,signals = [],[s for s in ('SIGUSR1','SIGTERM') if hasattr(signal, s)]
+    if threading.current_thread() is not threading.main_thread(): yield came; return     # only the main thread may listen
+    old = {s:signal.signal(getattr(signal, s), lambda number,frame: came.append(number)) for s in signals}
+    try: yield came
+    finally:
+        for s,handler in old.items(): signal.signal(getattr(signal, s), handler)
+
+# %% ../nbs/08b_train.ipynb #a02cb67a
+class Loss(nn.Module):
+    "A model with its loss, called as one."
+    def __init__(self, model, loss_fn):
+        super().__init__()
+        self.model,self.loss_fn = model,loss_fn
+    def forward(self, batch, step, generator): return self.loss_fn(self.model, batch, step, generator)
 
 # %% ../nbs/08b_train.ipynb #bd7b56f4
 @dataclass
@@ -159,29 +183,51 @@ class Trainer:
         "Train, or continue, to the end; gives the final metrics."
         self.folder = Path(self.folder)
         if is_done(self.folder): return final_metrics(self.folder, self.settings)
-        self._start()
-        todo = iter(self.batches(self.state.step*self.accumulate, self.steps*self.accumulate))
-        with tqdm(total=self.steps, initial=self.state.step, desc=self.desc, mininterval=1) as bar:
-            try:
-                while self.state.step < self.steps: self._step(todo, bar)
-            except FloatingPointError as e: raise FloatingPointError(f"{e}. {self._way_on()}") from None
-        if self.acc.is_main_process: finish(self.state, self.folder, self.metrics, self.settings)
-        self.acc.end_training()
+        with locked(self.folder, 'training in') if process_rank()[0]==0 else nullcontext(), listening() as self.asked:
+            self._start()
+            self._train()
+            if self.acc.is_main_process: finish(self.state, self.folder, self.metrics, self.settings)
+            self.acc.wait_for_everyone()
+            for tracker in self.acc.trackers: tracker.finish()           # the processes stay joined for the next step
         return self.metrics
 
 # %% ../nbs/08b_train.ipynb #ad96b3a6
+@patch
+def _train(self:Trainer):
+    "Step after step, until the end, a loss that is no number, or a word from outside."
+    todo = iter(self.batches(self.state.step*self.accumulate, self.steps*self.accumulate))
+    with tqdm(total=self.steps, initial=self.state.step, desc=self.desc, mininterval=1, disable=not self.acc.is_main_process) as bar:
+        try:
+            while self.state.step < self.steps:
+                self._step(todo, bar)
+                if self._any(bool(self.asked)) and self.state.step < self.steps: self._stop()
+        except FloatingPointError as e: raise FloatingPointError(f"{e}. {self._way_on()}") from None
+
+@patch
+def _any(self:Trainer, here:bool) -> bool:
+    "Is it so in one of the processes?"
+    if self.acc.num_processes==1: return here
+    return bool(self.acc.reduce(torch.tensor(float(here), device=self.acc.device), 'sum'))
+
+@patch
+def _stop(self:Trainer):
+    "Save, and leave."
+    if self.kept!=self.state.step: self._save()
+    self.acc.wait_for_everyone()
+    raise Stopped(f"{self.desc}: asked to stop at step {self.state.step} of {self.steps}; saved in {self.file}. The same command continues")
+
 @patch
 def _start(self:Trainer):
     "Prepare device and state; continue where a saved state lies."
     self.folder.mkdir(parents=True, exist_ok=True)
     self.acc = make_accelerator(self.run)
-    if self.acc.num_processes>1: raise ValueError(f"{self.acc.num_processes} processes would all train on the same batches; start one, until a later version shares them")
-    model,optimizer = self.acc.prepare(self.model.train(), self.optimizer)
-    ema = ModelEmaV3(extract_model_from_parallel(model), decay=self.ema_decay, use_warmup=True) if self.ema_decay else None
-    self.state,self.file,self.metrics = TrainingState(model, optimizer, ema, self.acc.scaler),self.folder/'last'/'state.pt',{}
-    if self.file.exists(): self.state.load(self.file, self.settings)
+    self.loss,optimizer = self.acc.prepare(Loss(self.model.train(), self.loss_fn), self.optimizer)
+    ema = ModelEmaV3(self.model, decay=self.ema_decay, use_warmup=True) if self.ema_decay else None
+    self.state,self.file,self.metrics = TrainingState(self.model, optimizer, ema, self.acc.scaler),self.folder/'last'/'state.pt',{}
+    if has_state(self.file): self.state.load(self.file, self.settings)
+    self.acc.wait_for_everyone()                  # before the first of them changes the folder
     if self.acc.is_main_process: rewind_log(self.folder, self.state.step)
-    if self.run.wandb: _start_wandb(self.acc, self.folder, self.run, self.settings, self.desc)
+    if self.run.wandb and self.acc.is_main_process: _start_wandb(self.acc, self.folder, self.run, self.settings, self.desc)
     self.now = self.saved = self.drawn = time.time()
     self.kept = self.state.step   # step of the state on disk; 0: none
 
@@ -189,9 +235,9 @@ def _start(self:Trainer):
 def _step(self:Trainer, todo, bar):
     "One update, and what is due after it: a line of the log, a validation, a saved state."
     state,lr = self.state,self.lr_at(self.state.step)
-    new,samples = train_step(self.acc, state, self.loss_fn, todo, lr, self.run.seed, self.accumulate, self.grad_clip)
+    new,samples = train_step(self.acc, state, self.loss, todo, lr, self.run.seed, self.accumulate, self.grad_clip)
     before,self.now = self.now,time.time()
-    state.add(dict(new, images=samples, time=self.now-before))
+    state.add(dict(new, images=samples*self.acc.num_processes, time=self.now-before))
     bar.update()
     last = state.step==self.steps
     due = last or (self.validate_every and state.step%self.validate_every==0)
@@ -215,18 +261,26 @@ def _way_on(self:Trainer):
 @patch
 def _report(self:Trainer, lr, validate, bar):
     "Write a line of the log; validate and draw first where that is due."
+    if self.acc.num_processes>1: self.state.sums = _shared(self.acc, self.state.sums)
     self.metrics = dict(self.state.means(), lr=lr)
-    if validate and self.validate: self.metrics |= _validate(self.acc, self.state, self.validate)
     if self.acc.is_main_process:
+        if validate and self.validate: self.metrics |= _validate(self.acc, self.state, self.validate)
         if validate and self.media and (self.state.step==self.steps or time.time()-self.drawn>60):   # drawing takes a second
             _save_media(self.acc, self.media(self.state.averaged), self.folder, self.state.step)
             self.drawn = time.time()
         append_log(self.folder, self.metrics)
-    self.acc.log({k:v for k,v in self.metrics.items() if k!='step'}, step=self.state.step)
+    if self.acc.is_main_process: self.acc.log({k:v for k,v in self.metrics.items() if k!='step'}, step=self.state.step)
+    self.acc.wait_for_everyone()
     bar.set_postfix({k:f'{v:.3g}' for k,v in self.metrics.items() if k in SHOWN}, refresh=False)
 
 # %% ../nbs/08b_train.ipynb #018e67af
 SHOWN = ('loss','val_accuracy','val_masked_accuracy','val_commonest','val_masked_accuracy_filled','val_commonest_filled')  # beside the bar
+
+def _shared(acc, sums):
+    "Means over the processes, of what each has summed."
+    names = sorted(sums)
+    mean = acc.reduce(torch.tensor([float(sums[k]) for k in names], dtype=torch.float64, device=acc.device), 'mean').tolist()
+    return dict(zip(names, mean))
 
 def _validate(acc, state, validate):
     "Run `validate` on the weights that count."
