@@ -6,7 +6,7 @@
 __all__ = ['YARDSTICKS', 'code_counts', 'show_code_shares', 'code_pictures', 'codebook_figure', 'split_bits', 'round_to',
            'best_step', 'pca_frames', 'kmeans_frames', 'frame_bits', 'rebuilt_frames', 'reconstruction_table']
 
-# %% ../nbs/09b_codebook.ipynb #e3530fbe
+# %% ../nbs/09b_codebook.ipynb #f84f7091
 import math
 import matplotlib.pyplot as plt, numpy as np, torch, torch.nn.functional as F
 from einops import rearrange
@@ -14,7 +14,7 @@ from sklearn.cluster import KMeans
 from .viz import LINES, show_frame, show_frames, style
 from .tokenizer import EventVAE, reconstruct
 
-# %% ../nbs/09b_codebook.ipynb #3380649c
+# %% ../nbs/09b_codebook.ipynb #dbeac5e8
 @torch.no_grad()
 def code_counts(
     vae:EventVAE,          # trained
@@ -40,7 +40,7 @@ def show_code_shares(
     ax.set(xlabel='code, by rank', ylabel='share of the tokens (%)', yscale='log', title=title); ax.legend()
     return ax
 
-# %% ../nbs/09b_codebook.ipynb #ec247ba1
+# %% ../nbs/09b_codebook.ipynb #8b5817b6
 @torch.no_grad()
 def code_pictures(
     vae:EventVAE,        # trained
@@ -72,7 +72,7 @@ def codebook_figure(
                  f'these say {share.sum():.0f} % of the tokens', fontsize=10)
     return fig
 
-# %% ../nbs/09b_codebook.ipynb #3bad332d
+# %% ../nbs/09b_codebook.ipynb #30580b50
 def split_bits(
     variance:torch.Tensor,  # `(n,)` of each coefficient
     bits:int,               # to give away
@@ -103,7 +103,7 @@ def best_step(
     errors = torch.stack([(round_to(x, s, bits)-x).square().mean(0) for s in steps])
     return steps.gather(0, errors.argmin(0)[None])[0]
 
-# %% ../nbs/09b_codebook.ipynb #600d70d2
+# %% ../nbs/09b_codebook.ipynb #e78a79b2
 def pca_frames(
     train:torch.Tensor,   # `(n, C, H, W)` to learn from
     frames:torch.Tensor,  # `(m, C, H, W)` to describe
@@ -134,7 +134,7 @@ def kmeans_frames(
     b,c,h,w = frames.shape
     return rearrange(nearest, '(b h w) (c p q) -> b c (h p) (w q)', b=b, c=c, h=h//patch, p=patch, q=patch)
 
-# %% ../nbs/09b_codebook.ipynb #5aa81e66
+# %% ../nbs/09b_codebook.ipynb #c707c77f
 YARDSTICKS = ('mean frame','PCA','patch k-means')
 
 def frame_bits(
