@@ -60,14 +60,15 @@ def codebook_figure(
     most:int=48,           # codes to show
     first:int=0,           # rank of the first of them, 0 the commonest
     cols:int=12,           # codes a row
+    own_scale:bool=False,  # colour each to its own largest value, which shows the shape of faint ones
 ):                         # the figure
-    "Codes as patches, the commonest first, each with its share of the tokens, all on one colour scale; raises ValueError past the last."
+    "Codes as patches, the commonest first, each with its share of the tokens; raises ValueError past the last."
     counts = code_counts(vae, frames)
     order = counts.argsort(descending=True, stable=True)[first:first+most]
     if not len(order): raise ValueError(f"first = {first}, but there are {len(counts)} codes, of rank 0…{len(counts)-1}")
     pictures,share = code_pictures(vae, order),100*counts[order]/counts.sum()
     fig = show_frames(pictures, [f'{s:.2g} %' if s else 'unused' for s in share.tolist()], cols)
-    for ax,f in zip(fig.axes, pictures): show_frame(f, ax, ax.get_title(), vmax=max(pictures.max().item(), 0) or None)
+    for ax,f in zip(fig.axes, pictures): show_frame(f, ax, ax.get_title(), vmax=max((f if own_scale else pictures).max().item(), 0) or None)
     fig.suptitle(f'Rank {first+1}…{first+len(order)} of {len(counts)} codes; {(counts>0).sum()} in use, '
                  f'these say {share.sum():.0f} % of the tokens', fontsize=10)
     return fig
