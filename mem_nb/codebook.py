@@ -113,9 +113,10 @@ def pca_frames(
     "Frames as PCA of the training frames describes them in so many bits."
     mean = train.flatten(1).mean(0)
     x,new = (f.flatten(1)-mean for f in (train, frames))
-    _,s,axes = torch.linalg.svd(x, full_matrices=False)
-    given = split_bits(s**2, bits if s.any() else 0)
-    axes,given = axes[given>0],given[given>0]
+    power,mix = torch.linalg.eigh((x@x.T).double())      # of the frames' products, a small matrix; the pixels' has the same
+    power = power.where(power>1e-6*power[-1], 0.)
+    given = split_bits(power, bits if power.any() else 0)
+    axes,given = F.normalize(mix.T[given>0].to(x)@x),given[given>0]
     return (mean + round_to(new@axes.T, best_step(x@axes.T, given), given)@axes).view_as(frames)
 
 def kmeans_frames(
