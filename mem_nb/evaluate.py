@@ -25,6 +25,7 @@ from .train import atomic, final_metrics, is_done, pick_device, read_log, write_
 from .tokenizer import codebook_health, load_tokenizer
 from .codebook import codebook_figure, reconstruction_table
 from .encoder import config_encoder, features, load_encoder
+from .targets import outcome
 from .finetune import finetune_one, label_subset, load_classifier, predict, pretrained_path, run_name
 
 # %% ../nbs/15_evaluate.ipynb #a9836b9d
@@ -296,7 +297,7 @@ def tiles(summary):
     gain,t,p,cost,at = (summary[k] for k in ('gain','tokenizer','pretrain','cost','machine'))
     found = [(f"{100*g['mean']:+.1f}", f"points, pretrained over scratch, {g['n_labels']} labels; {g['wins']} of {g['seeds']} draws better") for g in gain[:1]]
     found += [(f"{percent(r['mean'])} %", f"pretrained, with {r['n_labels']:,} labels") for r in summary['table'] if r['method']=='pretrained'][-1:]
-    if 'val_commonest' in p: found.append((f"{percent(p['val_masked_accuracy'])} %", f"of hidden tokens named; the commonest alone: {percent(p['val_commonest'])} %"))
+    if p: found.append(outcome(p))
     if t: found.append((f"{percent(t['codes_used_fraction'])} %", f"of the codes in use: {t['codes_used']}; perplexity {t['perplexity']:.0f}"))
     if cost: found.append((f"{sum(c['minutes'] for c in cost):.1f} min", f"of training; {at['cpus']} CPUs, GPU: {at['gpu']}"))
     return xml.Div(*[xml.Div(xml.B(b), s) for b,s in found], cls='tiles')
@@ -347,8 +348,7 @@ def evaluate(
     cfg:Config,  # configuration of a run
 ) -> dict:       # the figures, as in `summary.json`
     "Baselines, probes, tables and pictures of whatever this run has trained: writes `summary.json` and `report.html`."
-    folder = prepared(cfg)
-    summary = summarise(cfg, EventStore(folder), EventStore(folder, 'val'))
+    summary = summarise(cfg, EventStore(folder := prepared(cfg)), EventStore(folder, 'val'))
     write_json(summary, cfg.folder/'summary.json')
     path = report(cfg, summary)
     for r in summary['table']: print(f"{METHOD_NAMES[r['method']]:24} {r['n_labels']:>7,} labels {percent(r['mean'], r['std']):>12} %")

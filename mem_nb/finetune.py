@@ -17,7 +17,8 @@ from .store import EventStore, split_hash
 from .datasets import prepared
 from .data import eval_batches, make_frames, num_steps, train_batches
 from .encoder import config_encoder, load_encoder
-from .train import cosine_schedule, fit, load_weights, step_settings, weights_hash
+from .state import load_weights, step_settings, weights_hash
+from .train import cosine_schedule, fit
 
 # %% ../nbs/13_finetune.ipynb #4533e378
 def build_classifier(
@@ -39,13 +40,13 @@ def classifier_optimizer(
     weight_decay:float=.05,    # AdamW's; not on biases, norms, layer scales, class token and absolute positions
     layer_decay:float=1.,      # learning rate of a block over that of the block above
     freeze:bool=False,         # train the head only
-    betas:tuple=(.9,.999),     # AdamW's; the original had (.9, .95) whatever was asked
+    beta2:float=.999,          # AdamW's second beta, the first is .9; the original had .95 whatever was asked
 ) -> torch.optim.AdamW:        # its groups carry `lr_scale`
     "AdamW with a learning rate a layer (Clark et al. 2020, BEiT)."
     if freeze:
         for name,p in model.named_parameters(): p.requires_grad = name.startswith(('head','fc_norm'))
     groups = param_groups_layer_decay(model, weight_decay, ['cls_token','pos_embed'], layer_decay=layer_decay)
-    return torch.optim.AdamW(groups, lr, betas)
+    return torch.optim.AdamW(groups, lr, (.9, beta2))
 
 # %% ../nbs/13_finetune.ipynb #30724110
 @torch.no_grad()
@@ -116,7 +117,7 @@ def finetune_one(
     hashes = dict(split_hash=train.split_hash, subset_hash=split_hash(train.names[chosen]))
     folder = cfg.folder/'finetune'/run_name(method, labels, seed)
     metrics = fit(model, loss, train_batches(train, chosen, max(1, c.batch_size//c.update_freq), seed, d.slice_max_evs, cfg.run.num_workers),
-                  steps, folder, classifier_optimizer(model, lr, c.weight_decay, layer_decay, c.freeze and not scratch),
+                  steps, folder, classifier_optimizer(model, lr, c.weight_decay, layer_decay, c.freeze and not scratch, c.beta2),
                   lambda k: cosine_schedule(k, steps, lr, c.min_lr, warmup), replace(cfg.run, seed=seed),
                   finetune_settings(cfg, train, method, labels, seed), c.update_freq, c.grad_clip, c.ema_decay, validate,
                   save_every=num_steps(len(chosen), c.save_ckpt_freq, c.batch_size), desc=f'finetune {run_name(method, labels, seed)}')

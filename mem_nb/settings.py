@@ -142,9 +142,12 @@ class PretrainConfig:
     min_lr:float = 1e-5        # learning rate at the end of the cosine
     warmup_steps:int = 1000    # steps of linear warm-up
     weight_decay:float = 0.05  # AdamW's weight decay
+    beta2:float = 0.95         # AdamW's second beta; the first is 0.9
     grad_clip:float = 30.      # largest gradient norm
     dropout:float = 0.1        # drop path: share of residual branches dropped in training
     color_jitter:float = 0.    # brightness and saturation jitter of the frame in training
+    norm_pix:bool = False      # mae: the pixels of a patch minus their mean, over their std (He et al. 2022)
+    informative:float = 0.     # the loss counts only hidden patches with more than this share of the frame's mean events a patch; 0: all
     two_views:bool = False     # the target is the frame before its jitter, as in BEiT
     lr_decay:float = 1.        # read by nothing, as in the original: the schedule is a cosine
     save_ckpt_freq:int = 25    # epochs between two saved states (save_minutes may come first)
@@ -172,6 +175,7 @@ class FinetuneConfig:
     warmup_epochs:float = 20.        # epochs of linear warm-up
     layer_decay:float = 0.9          # learning rate of a block over that of the block above it
     weight_decay:float = 0.05        # AdamW's weight decay
+    beta2:float = 0.999              # AdamW's second beta; the first is 0.9
     grad_clip:float = 0.             # largest gradient norm; 0: none
     label_smoothing:float = 0.1      # share of the target spread over all classes
     dropout:float = 0.1              # drop path

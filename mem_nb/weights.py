@@ -22,7 +22,7 @@ from .encoder import config_encoder, encoder_args, load_encoder
 from .finetune import build_classifier
 from .pretrain import MaskedAutoencoder, MaskedEventModel
 from .tokenizer import EventVAE, guess_shape, load_tokenizer
-from .train import atomic, load_weights, save_weights, write_json
+from .state import atomic, load_weights, save_weights, write_json
 
 # %% ../nbs/13b_weights.ipynb #6438cc41
 def describe_model(

@@ -71,10 +71,7 @@ def test_tonic_reads_our_bin(tmp_path):
     assert all((got[k]==e[k]).all() for k in 'xytp')
 
 # ---- clocks
-@pytest.mark.parametrize('package', [True,False])
-def test_evt3_and_evt2_clocks_are_carried_on(package, tmp_path, monkeypatch):
-    if package: pytest.importorskip('evt3')
-    else: monkeypatch.setitem(sys.modules, 'evt3', None)
+def test_evt3_and_evt2_clocks_are_carried_on(tmp_path):
     (tmp_path/'a.raw').write_bytes(evt3([2**24-5000, 2**24-1, 3, 2**24-1, 7]))
     assert read_events(tmp_path/'a.raw')['t'].tolist()==[2**24-5000, 2**24-1, 2**24+3, 2**25-1, 2**25+7]
     words = [8<<28 | 2**28-1, 5<<22 | 1<<11 | 2, 8<<28 | 0, 6<<22 | 1<<11 | 2]

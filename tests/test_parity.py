@@ -95,14 +95,13 @@ def test_autoencoder_loss_and_gradient(painter):
     m.zero_grad(); pixel_loss(m(z['x'], mask), z['x'], mask).backward()
     near(torch.nn.utils.clip_grad_norm_(m.parameters(), 1e9), z['masked/grad_norm'], 1e-4)
 
-def test_switches_of_the_autoencoder_that_are_left_out(painter):
-    "The loss over all patches, and that of normalised patches, from the same pixels: they are formulas on top."
+def test_switches_of_the_autoencoder(painter):
+    "Normalised patches, and the loss over all patches, which is left out: a formula on top."
     m,z = painter
     with torch.no_grad(): pixels = m.forward_pixels(z['x'], mask := hide_first(-z['noise'], 8))
     target = to_patches(z['x'], 8)
     near((pixels-target).square().mean(-1).sum(), z['all/loss'], 1e-4)   # the original sums over patches and frames
-    normed = (target-target.mean(-1, keepdim=True))/(target.var(-1, keepdim=True)+1e-6).sqrt()
-    near((pixels-normed).square().mean(-1)[mask].mean(), z['masked_normpix/loss'])
+    near(pixel_loss(pixels[mask], z['x'], mask, norm_pix=True), z['masked_normpix/loss'])
 
 def test_classifier_from_an_autoencoder():
     z = arrays('mae')

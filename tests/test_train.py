@@ -55,10 +55,61 @@ def test_changed_settings_are_refused_and_named(tmp_path):
     train(tmp_path, settings={'pt_lr':1})
     with pytest.raises(ValueError, match='pt_lr was 1, is now 2'): train(tmp_path, settings={'pt_lr':2})
 
-def test_nan_loss_stops_and_keeps_the_last_state(tmp_path):
+def test_nan_loss_stops_keeps_the_last_state_and_tells_the_way_on(tmp_path):
     def explodes(model, batch, step, generator): return loss_fn(model, batch, step, generator)[0]*(float('nan') if step==20 else 1), {}
-    with pytest.raises(FloatingPointError, match='at step 20, learning rate'): train(tmp_path, explodes)
-    assert torch.load(tmp_path/'last'/'state.pt', weights_only=True)['step']==14
+    with pytest.raises(FloatingPointError, match='loss nan, gradient norm nan at step 20, learning rate .* state of step 14 is kept in .*state.pt; .*pt_checkpoint'):
+        train(tmp_path, explodes)
+    file = tmp_path/'last'/'state.pt'
+    kept = torch.load(file, weights_only=True)
+    assert kept['step']==14
+    again = load_weights(nn.Sequential(nn.Linear(4,16), nn.Dropout(.1), nn.ReLU(), nn.Linear(16,1)), file)   # as a start with other settings
+    assert all(torch.equal(v, kept['model'][k]) for k,v in again.state_dict().items())
+    with pytest.raises(FloatingPointError, match='state of step 14 is kept'): train(tmp_path, explodes)      # a session that saved nothing itself
+    _,m = train(tmp_path)
+    assert np.isfinite(m['loss'])
+
+def at_steps(bad):
+    "A finite loss whose gradient is no number at some steps."
+    def loss(model, batch, step, generator):
+        plain,metrics = loss_fn(model, batch, step, generator)
+        return (plain + (model[0].weight.sum()*0).abs().sqrt() if bad(step) else plain), metrics
+    return loss
+
+def test_nan_before_any_saved_state_and_infinite_gradients(tmp_path):
+    def explodes(model, batch, step, generator): return loss_fn(model, batch, step, generator)[0]*float('nan'), {}
+    with pytest.raises(FloatingPointError, match='at step 0, .*No state was saved before'): train(tmp_path/'a', explodes)
+    with pytest.raises(FloatingPointError, match='gradient norm nan at step 5'): train(tmp_path/'b', at_steps(lambda step: step==5))  # the loss itself is finite
+
+def fp16_on_cpu(monkeypatch):
+    "accelerate's own path through a real loss scale, which it otherwise takes on a GPU only."
+    import mem_nb.train as t
+    from contextlib import nullcontext
+    class Half(t.Accelerator):
+        ready = False
+        mixed_precision = property(lambda self: 'fp16' if self.ready else 'no')
+        def autocast(self): return nullcontext()
+    def make(run):
+        acc = Half(cpu=True)
+        acc.scaler,acc.native_amp,acc.ready = torch.amp.GradScaler('cpu', init_scale=2.**16),True,True
+        return acc
+    monkeypatch.setattr(t, 'make_accelerator', make)
+
+def test_fp16_skips_a_few_infinite_gradients(tmp_path, monkeypatch):
+    fp16_on_cpu(monkeypatch)
+    model,m = train(tmp_path, at_steps(lambda step: step in (5,6,20)))
+    assert np.isfinite(m['loss']) and m['loss'] < read_log(tmp_path)[0]['loss']
+    assert all(p.isfinite().all() for p in model.parameters())
+
+def test_fp16_stops_when_the_gradient_stays_infinite(tmp_path, monkeypatch):
+    "2**16 is halved sixteen times until nothing is scaled up any more."
+    fp16_on_cpu(monkeypatch)
+    with pytest.raises(FloatingPointError, match='loss scale 1 .*at step 26, .*state of step 21 is kept'): train(tmp_path, at_steps(lambda step: step>=10))
+    assert all(v.isfinite().all() for v in torch.load(tmp_path/'last'/'state.pt', weights_only=True)['model'].values())
+
+def test_fp16_stops_at_a_loss_that_is_no_number(tmp_path, monkeypatch):
+    fp16_on_cpu(monkeypatch)
+    def explodes(model, batch, step, generator): return loss_fn(model, batch, step, generator)[0]*(float('inf') if step==9 else 1), {}
+    with pytest.raises(FloatingPointError, match='loss inf, .*loss scale .*at step 9, learning rate'): train(tmp_path, explodes)
 
 def test_a_state_that_would_run_code_is_refused(tmp_path):
     import os
