@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['METHOD_NAMES', 'PANELS', 'CSS', 'majority', 'frame_baselines', 'small_frames', 'spread', 'label_table', 'paired_gain',
            'finished_records', 'feature_probes', 'pretrained_encoder', 'describe', 'simple_records', 'label_figure',
-           'reconstruction_quality', 'codebook_figure', 'pick_record', 'confusion', 'step_cost', 'machine', 'percent',
-           'headline', 'run_tokenizer', 'some_frames', 'split_facts', 'summarise', 'curves_figure', 'html_table',
-           'html_picture', 'html_section', 'accuracy_table', 'tiles', 'result_sections', 'run_sections', 'report',
-           'evaluate']
+           'reconstruction_quality', 'pick_record', 'confusion', 'step_cost', 'machine', 'percent', 'headline',
+           'run_tokenizer', 'some_frames', 'split_facts', 'summarise', 'curves_figure', 'html_table', 'html_picture',
+           'html_section', 'accuracy_table', 'tiles', 'result_sections', 'run_sections', 'report', 'evaluate']
 
 # %% ../nbs/15_evaluate.ipynb #b6ab38a4
 import base64, os, platform
@@ -18,12 +17,13 @@ import matplotlib.pyplot as plt, numpy as np, torch, torch.nn.functional as F
 from fastcore import xml
 from sklearn import linear_model, metrics, neighbors, pipeline, preprocessing, svm
 from .config import Config, config_text
-from .viz import fig_to_base64, show_codebook, show_confusion, show_curves, show_frame, show_label_curve, style
+from .viz import fig_to_base64, show_confusion, show_curves, show_label_curve, style
 from .store import EventStore, split_hash
 from .datasets import prepared
 from .data import all_frames, eval_batches, make_frames
 from .train import atomic, final_metrics, is_done, pick_device, read_log, write_json
-from .tokenizer import codebook_health, load_tokenizer, reconstruct
+from .tokenizer import codebook_health, load_tokenizer
+from .codebook import codebook_figure, reconstruction_table
 from .encoder import config_encoder, features, load_encoder
 from .targets import outcome
 from .finetune import finetune_one, label_subset, load_classifier, predict, pretrained_path, run_name
@@ -146,24 +146,10 @@ def label_figure(results):
 # %% ../nbs/15_evaluate.ipynb #52b0f83e
 @torch.no_grad()
 def reconstruction_quality(vae, frames, train_frames):
-    "Error of frames rebuilt from tokens, beside that of the mean training frame; codes_used, codes_used_fraction, perplexity."
-    parts = frames.to(next(vae.parameters()).device).split(64)
-    error = sum(F.mse_loss(reconstruct(vae, f), f, reduction='sum').item() for f in parts)/frames.numel()
-    return dict(mse=error, mean_frame_mse=F.mse_loss(train_frames.mean(0).expand_as(frames), frames).item(),
-                **codebook_health(torch.cat([vae.tokens(f) for f in parts]), vae.num_tokens))
-
-# %% ../nbs/15_evaluate.ipynb #d2fb6512
-@torch.no_grad()
-def codebook_figure(vae, frames, most=48):
-    "The codes that these frames use, the commonest first, with their share of the tokens."
-    p,device = 2**vae.num_layers,next(vae.parameters()).device
-    counts = sum(torch.bincount(vae.tokens(f.to(device)).flatten(), minlength=vae.num_tokens) for f in frames.split(64)).cpu().numpy()
-    common = counts.argsort(kind='stable')[::-1][:min(most, (counts>0).sum())].copy()
-    same = torch.from_numpy(common).to(device)[:,None].expand(-1, 9)
-    pictures = vae.decode(same, (3,3))[..., p:2*p, p:2*p].float().cpu()
-    fig = show_codebook(dict(zip(common.tolist(), pictures)), counts, len(common), cols=8)
-    for ax,f in zip(fig.axes, pictures): show_frame(f, ax, ax.get_title(), vmax=pictures.max().item())
-    return fig
+    "Error of frames rebuilt from tokens, beside the mean training frame and PCA of as many `bits`; codes_used, codes_used_fraction, perplexity."
+    table,device = reconstruction_table(vae, train_frames, frames, ('mean frame','PCA')),next(vae.parameters()).device
+    errors = {key:table[name]['mse'] for key,name in dict(mse='tokenizer', mean_frame_mse='mean frame', pca_mse='PCA').items()}
+    return dict(errors, bits=table['PCA']['bits'], **codebook_health(torch.cat([vae.tokens(f.to(device)) for f in frames.split(64)]), vae.num_tokens))
 
 # %% ../nbs/15_evaluate.ipynb #309150a7
 def pick_record(records):
@@ -328,9 +314,9 @@ def result_sections(cfg, summary, val):
                      html_picture(label_figure(results), 'Accuracy against labels'), accuracy_table(summary['table'], summary['gain'])) if results else '',
         html_section('What was hidden, and what the encoder says', 'Frames, what was visible of them, and how the encoder fills the gaps.',
                      html_picture(folder/'pretrain'/'media'/'strip.png', 'Frames, hidden patches, reconstructions'), curves('pretrain')),
-        html_section('The tokenizer', f"Frames rebuilt from their tokens have a squared error of {t['mse']:.3g}, the mean frame has "
-                     f"{t['mean_frame_mse']:.3g}. The codes, with their share of all tokens:",
-                     html_picture(codebook_figure(run_tokenizer(cfg), some_frames(val, cfg.data)), 'Codes by frequency'), curves('tokenizer')) if t else '',
+        html_section('The tokenizer', f"Frames rebuilt from their tokens, {t['bits']:,} bits, have a squared error of {t['mse']:.3g}; PCA in as many bits "
+                     f"has {t['pca_mse']:.3g}, the mean frame {t['mean_frame_mse']:.3g}. The codes, with their share of all tokens:",
+                     html_picture(codebook_figure(run_tokenizer(cfg), some_frames(val, cfg.data), cols=8), 'Codes by frequency'), curves('tokenizer')) if t else '',
         html_section('What is taken for what', f"One classifier ({METHOD_NAMES[r['method']]}, {r['n_labels']:,} labels, seed {r['seed']}).",
                      html_picture(show_confusion(confusion(cfg, r, val), val.classes), 'Confusion matrix')) if r else '']
 

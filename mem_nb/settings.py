@@ -12,7 +12,8 @@ from pathlib import Path
 
 # %% ../nbs/00_settings.ipynb #1ae3027d
 METHODS = ('pretrained','scratch')  # how finetuning may start
-ORIGINAL = ('brighter_only','bytes','own_size','log255','levels','leak')  # what the original did and its results may depend on
+ORIGINAL = ('brighter_only','bytes','own_size','log255','levels','leak',  # what the original did and its results may depend on: frames,
+            'epoch_schedule')                                            # and how the tokenizer's training cools
 
 # %% ../nbs/00_settings.ipynb #67738fb8
 @dataclass
@@ -73,12 +74,13 @@ class DataConfig:
     translate:float = 0.             # largest shift of the frame in training, share of its size
     rand_aug:bool = True             # RandAugment in training
     geometry:str = 'events'          # what rotations, shears and shifts move: events (sharp) or frames (interpolated, as the original)
-    original:tuple = ()              # defects of the original to reproduce: any of ORIGINAL; see notebook 06b
+    original:tuple = ()              # defects of the original to reproduce: any of ORIGINAL; see notebooks 06b and 09
 
     choices = dict(frame_fit=('resize','crop','scale_crop'), representation=('histogram','voxel'), geometry=('events','frames'))
     positive = ('num_digits','input_H','input_W','slice_max_evs','voxel_bins','hotpix_num_stds','normalize_gain','gamma')
     unit = ('val_fraction','window_overlap','event_drop','flip','time_flip','scale','translate')
 
+    original_frames = property(lambda self: any(o!='epoch_schedule' for o in self.original))  # does any of them concern frames?
     in_chans = property(lambda self: 3 if self.representation=='histogram' else self.voxel_bins)
     input_size = property(lambda self: (self.input_H, self.input_W))
 
@@ -104,7 +106,7 @@ class TokenizerConfig:
     temperature_start:float = 1.   # Gumbel temperature at the first step
     temperature_end:float = 0.5    # and at the last
     save_ckpt_freq:int = 25        # epochs between two saved states (save_minutes may come first)
-    checkpoint:str = ''            # start from these weights
+    checkpoint:str = ''            # start from these weights: a file, a tokenizer's folder or a run's
     skip:bool = False              # leave this step out and use vae_checkpoint as it is
 
     choices = dict(loss=('mse','smooth_l1','cosine'))

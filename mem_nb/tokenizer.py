@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RECONSTRUCTION', 'ResBlock', 'conv_encoder', 'conv_decoder', 'gumbel_weights', 'start_weights', 'EventVAE',
-           'reconstruction_loss', 'kl_to_uniform', 'usage_loss', 'temperature_at', 'codebook_health', 'tokenizer_loss',
-           'reconstruct', 'code_pictures', 'build_tokenizer', 'guess_shape', 'load_tokenizer', 'tokenizer_path',
-           'mean_frame', 'tokenizer_metrics', 'tokenizer']
+           'reconstruction_loss', 'kl_to_uniform', 'usage_loss', 'temperature_at', 'epoch_changes', 'schedules',
+           'codebook_health', 'tokenizer_loss', 'reconstruct', 'build_tokenizer', 'guess_shape', 'tokenizer_file',
+           'load_tokenizer', 'tokenizer_path', 'mean_frame', 'tokenizer_metrics', 'tokenizer']
 
 # %% ../nbs/09_tokenizer.ipynb #8da7430a
 import math
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
-from .config import Config, DataConfig
+from .config import Config, DataConfig, TokenizerConfig
 from .store import EventStore
 from .datasets import prepared
 from .data import eval_batches, make_frames, num_steps, train_batches
@@ -161,6 +161,26 @@ def temperature_at(
     "Gumbel temperature, falling by the same factor every step: a function of the step alone, so a resumed run has the same."
     return start*(end/start)**(step/max(1, total-1))
 
+def epoch_changes(
+    step:int,       # 0 …
+    per_epoch:int,  # steps an epoch
+) -> list:          # the steps before this one after which the original moved temperature and learning rate
+    "The first step of each epoch, and each 10 000th after it."
+    return [k for first in range(0, step, per_epoch) for k in range(first, min(first+per_epoch, step), 10_000)]
+
+def schedules(
+    t:TokenizerConfig,          # lr, lr_decay, temperature_start, temperature_end, epochs, batch_size
+    n:int,                      # training recordings
+    epoch_schedule:bool=False,  # once an epoch, as the original, whose rate of cooling was 1e-6 and whose epochs have no last, smaller batch
+) -> tuple:                     # (step -> temperature, step -> learning rate)
+    "How temperature and learning rate move, as functions of the step alone."
+    steps,epoch = num_steps(n, t.epochs, t.batch_size),n/t.batch_size
+    if not epoch_schedule: return (lambda k: temperature_at(k, steps, t.temperature_start, t.temperature_end),
+                                   lambda k: t.lr*t.lr_decay**(k/epoch))
+    changes = lambda k: epoch_changes(k, max(1, int(epoch)))
+    return (lambda k: max(t.temperature_start*math.exp(-1e-6*sum(changes(k))), t.temperature_end),
+            lambda k: t.lr*t.lr_decay**len(changes(k)))
+
 # %% ../nbs/09_tokenizer.ipynb #3f51290c
 def codebook_health(
     tokens:torch.Tensor,  # int64, any shape
@@ -188,7 +208,7 @@ def tokenizer_loss(
     used = torch.bincount(logits.detach().argmax(1).flatten(), minlength=logits.shape[1]).count_nonzero()
     return recon + kl_weight*kl + usage_weight*usage, dict(recon=recon, kl=kl, usage=usage, codes_in_batch=used.float())
 
-# %% ../nbs/09_tokenizer.ipynb #8e58c7b9
+# %% ../nbs/09_tokenizer.ipynb #2d895228
 @torch.no_grad()
 def reconstruct(
     vae:EventVAE,         # trained
@@ -198,15 +218,6 @@ def reconstruct(
     return vae.decode(vae.tokens(frames), _grid(vae, frames))
 
 def _grid(vae, frames): return tuple(s >> vae.num_layers for s in frames.shape[2:])
-
-@torch.no_grad()
-def code_pictures(
-    vae:EventVAE,  # trained
-) -> torch.Tensor: # `(K, C, p, p)`, p the width of a patch
-    "Each code as a patch, seen among eight others of its kind."
-    p = 2**vae.num_layers
-    same = torch.arange(vae.num_tokens, device=vae.codebook.weight.device)[:,None].expand(-1, 9)
-    return vae.decode(same, (3,3))[..., p:2*p, p:2*p]
 
 # %% ../nbs/09_tokenizer.ipynb #0e4f6960
 def build_tokenizer(
@@ -223,23 +234,33 @@ def guess_shape(state):
     blocks,layers = count('net.0.weight'),count('.0.weight')-count('net.0.weight')
     return dict(in_chans=chans, num_tokens=k, emb_dim=d, hidden_dim=width, num_layers=layers, num_resnet_blocks=blocks)
 
+def tokenizer_file(
+    path:str|Path,  # weights, or the folder of a tokenizer, of a run, or from `save_pretrained`
+) -> Path:          # the file of the weights
+    "Raises FileNotFoundError where there are none, ValueError for a pickle."
+    path = Path(path)
+    inside = [path/name for name in ('final.safetensors','tokenizer/final.safetensors','model.safetensors')] if path.is_dir() else [path]
+    found = next((file for file in inside if file.is_file()), None)
+    if found is None: raise FileNotFoundError(f"no tokenizer at {str(path)!r}; run `mem_nb tokenizer` with this configuration first, or give "
+                                              "vae_checkpoint the weights, the folder of a tokenizer or that of a run")
+    if found.suffix in ('.pt','.pth'): raise ValueError(f"{found} is a pickle; read a checkpoint of the original with `load_original` (notebook 13c) "
+                                                        "and give vae_checkpoint what `save_weights` makes of it")
+    return found
+
 def load_tokenizer(
-    source:Config|str|Path,  # configuration of a run, folder of a tokenizer, or its weights
+    source:Config|str|Path,  # configuration of a run, folder of a tokenizer or a run, or weights
 ) -> EventVAE:               # in eval mode, frozen
     "A trained EventVAE; raises FileNotFoundError where there is none, ValueError where it is of another configuration."
     known = isinstance(source, Config)
-    path = tokenizer_path(source) if known else Path(source)
-    if path.is_dir(): path = path/'final.safetensors'
-    if not path.is_file():
-        raise FileNotFoundError(f"no tokenizer at {str(path)!r}; run `mem_nb tokenizer` with this configuration first")
+    path = tokenizer_file(tokenizer_path(source) if known else source)
     vae = build_tokenizer(source) if known else EventVAE(**guess_shape(load_file(path)))
     return load_weights(vae, path).eval().requires_grad_(False)
 
 def tokenizer_path(cfg):
-    "Where the tokenizer of this run lies: its own folder, or vae_checkpoint where vae_skip is set."
+    "Where the tokenizer of this run lies: its own folder, or the weights that vae_checkpoint names where vae_skip is set."
     t = cfg.tokenizer
     if t.skip and not t.checkpoint: raise ValueError("vae_skip = 1 trains no tokenizer; set vae_checkpoint to its weights")
-    return Path(t.checkpoint) if t.skip else cfg.folder/'tokenizer'
+    return tokenizer_file(t.checkpoint) if t.skip else cfg.folder/'tokenizer'
 
 # %% ../nbs/09_tokenizer.ipynb #00c48541
 @torch.no_grad()
@@ -278,19 +299,20 @@ def tokenizer(
     "Train the EventVAE of a run, continue it, or read what it reached; writes `tokenizer/` in the run folder."
     t,d,folder = cfg.tokenizer,cfg.data,prepared(cfg)
     train,val = EventStore(folder),EventStore(folder, 'val')
-    steps,epoch = num_steps(len(train), t.epochs, t.batch_size),len(train)/t.batch_size
+    steps = num_steps(len(train), t.epochs, t.batch_size)
     torch.manual_seed(step_seed(cfg.run.seed, 9))
     vae = build_tokenizer(cfg)
-    if t.checkpoint: load_weights(vae, t.checkpoint)
-    warmth = lambda step: temperature_at(step, steps, t.temperature_start, t.temperature_end)
+    if t.checkpoint: load_weights(vae, start := tokenizer_file(t.checkpoint))
+    warmth,lr_at = schedules(t, len(train), 'epoch_schedule' in d.original)
     terms = dict(loss=t.loss, kl_weight=t.kl_loss_weight, usage_weight=t.usage_weight, straight_through=t.straight_through)
     def loss(model, batch, step, generator):
-        return tokenizer_loss(model, make_frames(batch, d, generator), warmth(step), generator, **terms)
+        total,metrics = tokenizer_loss(model, make_frames(batch, d, generator), warmth(step), generator, **terms)
+        return total,metrics | dict(perplexity_in_batch=t.num_tokens*(-metrics['usage']).exp())   # usage = log K − entropy
     batches = train_batches(train, None, t.batch_size, cfg.run.seed, d.slice_max_evs, cfg.run.num_workers)
-    settings = step_settings(cfg, 'data', 'tokenizer', data_hash=train.data_hash, start_hash=t.checkpoint and weights_hash(t.checkpoint))
+    settings = step_settings(cfg, 'data', 'tokenizer', data_hash=train.data_hash, start_hash=t.checkpoint and weights_hash(start))
     judged = _judge(cfg, train, val) if len(val) else {}
     return fit(vae, loss, batches, steps, cfg.folder/'tokenizer', torch.optim.Adam(vae.parameters(), t.lr),
-               lambda step: t.lr*t.lr_decay**(step/epoch), cfg.run, settings, grad_clip=t.grad_clip, desc='tokenizer',
+               lr_at, cfg.run, settings, grad_clip=t.grad_clip, desc='tokenizer',
                validate_every=max(1, steps//10), save_every=num_steps(len(train), t.save_ckpt_freq, t.batch_size), **judged)
 
 def _judge(cfg, train, val):

@@ -64,7 +64,7 @@ def draw_changes(
     saturation:float=0.,        # largest relative change of saturation; for histograms
 ) -> Draws:                     # on the generator's device
     "Draw in this order: reversal, flip, shift, crop, tilt, RandAugment, light."
-    draw,where,new = {},generator.device,d.geometry=='events' and not d.original
+    draw,where,new = {},generator.device,d.geometry=='events' and not d.original_frames
     ask = lambda p: _uniform(0, 1, b, generator, where) < p
     if d.time_flip: draw['back'] = ask(d.time_flip)
     if d.flip: draw['mirror'] = ask(d.flip)
@@ -173,14 +173,14 @@ def make_views(
     "Events to training frames."
     device,b,times = batch.offsets.device,len(batch),d.timesurface or d.representation!='histogram'
     if draws is not None: draws = draws.to(device)
-    go = None if d.original else event_map(draws, d, batch.size, b, device)
+    go = None if d.original_frames else event_map(draws, d, batch.size, b, device)
     style = frame_style(d)
     out = torch.empty(b, d.in_chans, *d.input_size, device=device)
     lit = torch.empty_like(out) if two else out
     for i,j in pieces(batch, max(d.input_H*d.input_W, batch.size[0]*batch.size[1])):
         part,drawn = batch.part(i, j) if j-i<b else batch, draws and draws.part(i, j)
         part = part.unpack(times) if isinstance(part, PackedBatch) else part if times else replace(part, t=None)
-        if d.original: original_frames(part, d, drawn, out[i:j])
+        if d.original_frames: original_frames(part, d, drawn, out[i:j])
         else: _write(part, d, style, drawn, go if go is None else go[...,i:j], out[i:j])
         if two: lit[i:j] = out[i:j]
         light_frames(lit[i:j], drawn, (0,2) if d.representation=='histogram' and 'leak' not in d.original else None)

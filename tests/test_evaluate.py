@@ -27,6 +27,11 @@ def run(tmp_path_factory):
     summary = ev.evaluate(cfg)
     return cfg, summary, (cfg.folder/'report.html').read_text(encoding='utf-8')
 
+def test_pca_stands_beside_the_tokenizer_with_as_many_bits(run):
+    _,summary,page = run
+    t = summary['tokenizer']
+    assert t['bits']==64*5 and 0<t['pca_mse']<t['mean_frame_mse'] and 'PCA in as many bits' in page
+
 def records(method, accuracies, labels=50, draw='draw'):
     return [dict(method=method, labels=str(labels), n_labels=labels, seed=s, accuracy=a, subset_hash=f'{draw} {s}') for s,a in enumerate(accuracies)]
 

@@ -4,9 +4,10 @@ from copy import deepcopy
 import numpy as np, pytest, torch, torch.nn.functional as F
 from conftest import TINY
 from mem_nb.config import parse_config
-from mem_nb.tokenizer import (EventVAE, build_tokenizer, code_pictures, codebook_health, gumbel_weights, kl_to_uniform, load_tokenizer,
-                              reconstruct, reconstruction_loss, temperature_at, tokenizer, tokenizer_loss, usage_loss)
-from mem_nb.train import read_log, save_weights
+from mem_nb.settings import TokenizerConfig
+from mem_nb.tokenizer import (EventVAE, build_tokenizer, codebook_health, gumbel_weights, kl_to_uniform, load_tokenizer, reconstruct, reconstruction_loss,
+                              schedules, temperature_at, tokenizer, tokenizer_file, tokenizer_loss, tokenizer_path, usage_loss)
+from mem_nb.train import read_log, save_weights, weights_hash
 
 def seeded(seed=0): return torch.Generator().manual_seed(seed)
 def small(seed=0, **kwargs):
@@ -70,7 +71,6 @@ def test_shapes(chans, size, layers, blocks):
     assert vae.logits(frames).shape == (2,32,*grid)
     assert vae.tokens(frames).shape == (2,grid[0]*grid[1]) and vae.tokens(frames).dtype == torch.int64
     assert vae.decode(vae.tokens(frames)).shape == vae(frames)[0].shape == frames.shape
-    assert code_pictures(vae).shape == (32,chans,2**layers,2**layers)
 
 def test_gumbel_draws_follow_the_probabilities():
     logits = torch.tensor([2.,1.,0.,-1.]).view(1,4,1,1).expand(20_000,4,1,1)
@@ -91,10 +91,79 @@ def test_straight_through_uses_one_code_and_still_has_a_gradient():
     vae(frames, 1., True, seeded())[0].square().mean().backward()
     assert vae.encoder[0][0].weight.grad.abs().sum() > 0
 
+def test_straight_through_passes_the_gradient_of_the_blend():
+    logits,w = torch.randn(2,8,3,3, generator=seeded()).requires_grad_(),torch.randn(2,8,3,3, generator=seeded(1))
+    grads = [torch.autograd.grad((gumbel_weights(logits, .7, hard, seeded(2))*w).sum(), logits)[0] for hard in (False, True)]
+    torch.testing.assert_close(*grads)
+    soft,hard = (gumbel_weights(logits, .7, hard, seeded(2)) for hard in (False, True))
+    assert torch.equal(soft.argmax(1), hard.argmax(1))          # the code that leads the blend is the one that is taken
+
+# losses: what each asks, in a sentence
+def pair(): return torch.rand(3,3,8,8, generator=seeded()),torch.rand(3,3,8,8, generator=seeded(1))
+
+@pytest.mark.parametrize('kind', ['mse','smooth_l1','cosine'])
+def test_a_loss_is_zero_for_the_frame_itself_and_above_for_others(kind):
+    a,b = pair()
+    assert abs(reconstruction_loss(a, a, kind)) < 1e-6 < reconstruction_loss(a, b, kind)
+    torch.testing.assert_close(reconstruction_loss(a, b, kind), reconstruction_loss(b, a, kind))
+    near(reconstruction_loss(a, b, kind), torch.stack([reconstruction_loss(x[None], y[None], kind) for x,y in zip(a, b)]).mean())   # a mean over frames
+    assert reconstruction_loss(a.bfloat16(), b, kind).dtype == torch.float32
+
+def test_mse_is_quadratic_smooth_l1_only_up_to_one():
+    a,b = pair()
+    loss = lambda kind,far: reconstruction_loss(far*a, torch.zeros_like(a), kind)
+    torch.testing.assert_close(loss('mse', 3.), 9*loss('mse', 1.))
+    torch.testing.assert_close(reconstruction_loss(a, b, 'smooth_l1'), reconstruction_loss(a, b, 'mse')/2)    # differences below 1
+    off = torch.full_like(a, 5.)
+    assert math.isclose(reconstruction_loss(off, off*0, 'smooth_l1').item(), 4.5, rel_tol=1e-6)                 # |5| - 1/2
+
+def test_cosine_sees_the_direction_of_a_row_and_not_its_length():
+    a,b = pair()
+    torch.testing.assert_close(reconstruction_loss(7*a, b, 'cosine'), reconstruction_loss(a, b, 'cosine'))
+    torch.testing.assert_close(reconstruction_loss(-a, a, 'cosine'), torch.tensor(2.))
+    empty = torch.zeros_like(a)
+    assert reconstruction_loss(a, empty, 'cosine') == 1          # an empty row has no direction: no gradient either
+
+@pytest.mark.parametrize('kind', ['mse','smooth_l1','cosine'])
+@pytest.mark.parametrize('straight_through', [False, True])
+def test_every_loss_falls_with_either_draw(kind, straight_through):
+    vae,frames,losses = small(),moving_bars(16),[]
+    optimizer = torch.optim.Adam(vae.parameters(), 2e-3)
+    for k in range(20):
+        loss,m = tokenizer_loss(vae, frames, .9, seeded(k), loss=kind, straight_through=straight_through)
+        optimizer.zero_grad(); loss.backward(); optimizer.step()
+        losses.append(m['recon'].item())
+    assert np.mean(losses[-4:]) < np.mean(losses[:4])
+
 def test_defect_12_temperature_is_a_function_of_the_step():
     t = [temperature_at(k, 100, 1., .3) for k in range(100)]
     assert t[0]==1 and math.isclose(t[-1], .3) and temperature_at(0, 1)==1
     assert np.allclose(np.diff(np.log(t)), np.log(.3)/99)      # every step, by the same factor
+
+def test_defect_12_once_an_epoch_by_the_original_formula():
+    "Their loop, step by step: after the first step of an epoch and each 10 000th, by what it was before and the count of steps."
+    t = TokenizerConfig(batch_size=8, lr=3e-4, lr_decay=.9, temperature_start=.8, temperature_end=.79996, epochs=4)
+    warmth,lr_at = schedules(t, 8*11+5, epoch_schedule=True)       # 11 whole batches: theirs leave the rest out
+    temperature,lr,seen = .8,3e-4,0
+    for epoch in range(4):
+        for i in range(11):
+            assert math.isclose(warmth(seen), temperature) and math.isclose(lr_at(seen), lr)
+            if i%10_000==0: temperature,lr = max(temperature*math.exp(-1e-6*seen), .79996),lr*.9
+            seen += 1
+    assert temperature==.79996                            # the floor was reached
+
+@pytest.mark.parametrize('per_epoch,epochs', [(36,300), (25_000,4)])
+def test_defect_12_once_an_epoch_agrees_with_the_recorded_values(shared, per_epoch, epochs):
+    d = {k.split('/')[1]:v for k,v in np.load(shared/'golden'/'schedules.npz').items() if k.startswith(f'vae_sched_{per_epoch}x{epochs}')}
+    warmth,lr_at = schedules(TokenizerConfig(batch_size=1, epochs=epochs), per_epoch, epoch_schedule=True)
+    after = [epoch*per_epoch+i+1 for epoch,i in d['epoch_iter'].tolist()]
+    assert np.allclose([warmth(k) for k in after], d['temp'], rtol=1e-9) and np.allclose([lr_at(k) for k in after], d['lr'], rtol=1e-9)
+
+def test_schedules_are_per_step_by_default():
+    t = TokenizerConfig(batch_size=10, epochs=3, lr=1., lr_decay=.5)
+    warmth,lr_at = schedules(t, 100)
+    assert [lr_at(k) for k in (0,10,20)] == [1,.5,.25] and lr_at(5) == .5**.5
+    assert warmth(0)==1 and math.isclose(warmth(29), .5) and all(a>b for a,b in zip(map(warmth, range(29)), map(warmth, range(1, 30))))
 
 def test_usage_loss_wants_every_code_and_lets_patches_decide():
     decided = 50*F.one_hot(torch.arange(128).view(2,8,8)%32, 32).float().movedim(3,1)
@@ -144,7 +213,10 @@ def test_the_step_learns_and_logs_its_health(run):
     log = read_log(cfg.folder/'tokenizer')
     assert log[-1]['recon'] < log[0]['recon'] and log[-1]['lr'] < log[0]['lr']
     assert {'val_recon','val_mean_frame_recon','val_codes_used','val_codes_used_fraction','val_perplexity'} <= metrics.keys()
-    assert {'kl','usage','codes_in_batch'} <= log[-1].keys()
+    assert all({'kl','usage','codes_in_batch','perplexity_in_batch'} <= line.keys() for line in log)
+    assert sum('val_perplexity' in line and 'val_codes_used' in line for line in log) >= 9
+    assert all(1 <= line['perplexity_in_batch'] <= 32 and 1 <= line['codes_in_batch'] <= 32 for line in log)
+    assert all(1 <= line['val_perplexity'] <= line['val_codes_used'] for line in log if 'val_perplexity' in line)
     assert (cfg.folder/'tokenizer'/'media'/'reconstructions.png').exists()
 
 def test_the_tokenizer_is_found_again(run):
@@ -156,6 +228,67 @@ def test_the_tokenizer_is_found_again(run):
     skip = deepcopy(cfg)
     skip.run.expname,skip.tokenizer.skip,skip.tokenizer.checkpoint = 'other',True,str(cfg.folder/'tokenizer')
     assert torch.equal(load_tokenizer(skip).tokens(frames), by_folder.tokens(frames))
+
+def stopped(cfg, at):
+    "Train until the loss has been asked for step `at`, then fail as a lost machine would; the state before it is saved."
+    import mem_nb.tokenizer as module
+    real,calls = module.tokenizer_loss,[]
+    def failing(*args, **kwargs):
+        calls.append(1)
+        if len(calls)>at: raise KeyboardInterrupt
+        return real(*args, **kwargs)
+    module.tokenizer_loss = failing
+    try:
+        with pytest.raises(KeyboardInterrupt): tokenizer(cfg)
+    finally: module.tokenizer_loss = real
+
+def test_defect_12_resume_is_exact_with_the_schedule_of_the_original(run):
+    cfg = deepcopy(run[0])
+    cfg.data.original,cfg.tokenizer.epochs = ('epoch_schedule',),2
+    cfg.run.expname,broken = 'theirs',deepcopy(cfg)
+    broken.run.expname = 'theirs-broken'
+    tokenizer(cfg); stopped(broken, 8); tokenizer(broken)
+    lines = [read_log(c.folder/'tokenizer') for c in (cfg, broken)]
+    assert [[l[k] for k in ('step','lr','recon','codes_in_batch')] for l in lines[0]] == [[l[k] for k in ('step','lr','recon','codes_in_batch')] for l in lines[1]]
+    a,b = (load_tokenizer(c).state_dict() for c in (cfg, broken))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert len({l['lr'] for l in lines[0]}) <= 3          # two epochs, one change each
+
+def test_weights_are_found_in_a_file_a_step_a_run_and_an_exported_folder(run, tmp_path):
+    cfg,_ = run
+    final = cfg.folder/'tokenizer'/'final.safetensors'
+    (exported := tmp_path/'exported').mkdir()
+    (exported/'model.safetensors').write_bytes(final.read_bytes())
+    for place in (final, cfg.folder/'tokenizer', cfg.folder, exported):
+        assert tokenizer_file(place).read_bytes() == final.read_bytes()
+        assert torch.equal(load_tokenizer(place).codebook.weight, load_tokenizer(final).codebook.weight)
+        other = deepcopy(cfg)
+        other.run.expname,other.tokenizer.skip,other.tokenizer.checkpoint = 'skips',True,str(place)
+        assert weights_hash(tokenizer_path(other)) == weights_hash(final) != ''
+        assert torch.equal(load_tokenizer(other).codebook.weight, load_tokenizer(final).codebook.weight)
+
+def test_training_starts_from_a_folder_as_from_its_file(run):
+    found = []
+    for i,place in enumerate((run[0].folder, run[0].folder/'tokenizer'/'final.safetensors')):
+        cfg = deepcopy(run[0])
+        cfg.run.expname,cfg.tokenizer.checkpoint,cfg.tokenizer.epochs = f'from{i}',str(place),1
+        tokenizer(cfg)
+        found.append(load_tokenizer(cfg).codebook.weight)
+    assert torch.equal(*found)
+
+@pytest.mark.parametrize('where', ['nowhere','empty','empty/w.safetensors'])
+def test_a_place_without_weights_is_named(run, tmp_path, where):
+    (tmp_path/'empty').mkdir()
+    cfg = deepcopy(run[0])
+    cfg.run.expname,cfg.tokenizer.checkpoint = 'lost',str(tmp_path/where)
+    with pytest.raises(FileNotFoundError, match=where): tokenizer(cfg)
+    with pytest.raises(FileNotFoundError, match=where): load_tokenizer(tmp_path/where)
+    cfg.tokenizer.skip = True
+    with pytest.raises(FileNotFoundError, match=where): load_tokenizer(cfg)
+
+def test_a_pickle_is_sent_to_load_original(tmp_path):
+    (tmp_path/'vae.pt').write_bytes(b'no matter')
+    with pytest.raises(ValueError, match=r'vae\.pt is a pickle.*load_original'): load_tokenizer(tmp_path/'vae.pt')
 
 @pytest.mark.parametrize('shape', [dict(), dict(num_resnet_blocks=0), dict(num_layers=3, num_resnet_blocks=2, in_chans=5)])
 def test_the_shape_is_read_off_the_weights(tmp_path, shape):

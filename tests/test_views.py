@@ -179,3 +179,9 @@ def test_with_all_words_the_frame_is_the_originals(shared, seed):
     ours = make_views(batch_events([recorded[start:start+30000]], (180,240)), d, draws)[0].numpy()
     assert np.abs(ours-golden[f'out_seed{seed}']).max() < (1e-5 if not d.rand_aug or draws is None else .0040), 'a byte may be cut off one lower'
     if d.rand_aug and draws is not None: assert (np.abs(ours-golden[f'out_seed{seed}'])>1e-5).mean()<.001
+
+def test_how_the_tokenizer_cools_leaves_frames_as_they_are():
+    batch,_ = packed()
+    d = DataConfig(**ALL, rotate=20.)
+    assert torch.equal(make_frames(batch, d, seeded()), make_frames(batch, replace(d, original=('epoch_schedule',)), seeded()))
+    assert not torch.equal(make_frames(batch, d, seeded()), make_frames(batch, replace(d, original=('bytes','epoch_schedule')), seeded()))
