@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NOT_OF_THE_RESULT', 'atomic', 'write_json', 'save_weights', 'read_state', 'load_weights', 'weights_hash',
-           'step_settings', 'check_settings', 'before', 'has_state', 'sound_state', 'TrainingState', 'read_log',
-           'rewind_log', 'append_log', 'is_done', 'final_metrics', 'finish']
+           'step_settings', 'check_settings', 'has_state', 'sound_state', 'TrainingState', 'read_log', 'rewind_log',
+           'append_log', 'is_done', 'final_metrics', 'finish']
 
 # %% ../nbs/08_state.ipynb #c38b3881
 import errno, hashlib, json, os, shutil, warnings, zipfile
@@ -102,18 +102,18 @@ def check_settings(
     if differ: raise ValueError(f"{where} was made with other settings: {'; '.join(differ)}. Give this run another expname, or remove that folder")
 
 # %% ../nbs/08_state.ipynb #d6eb2d24
-def before(path): return Path(path).with_name('before.pt')
+def _before(path): return Path(path).with_name('before.pt')
 
 def has_state(path) -> bool:
     "Is there something to go on from?"
-    return Path(path).exists() or before(path).exists()
+    return Path(path).exists() or _before(path).exists()
 
 def sound_state(
     path:str|Path,  # `last/state.pt` of a step
 ) -> dict:
     "The newest state that is whole; ValueError where none is."
     told = []
-    for p in (Path(path), before(path)):
+    for p in (Path(path), _before(path)):
         if not p.exists(): continue
         try: found = read_state(p)
         except ValueError as e: told.append(str(e)); continue
@@ -139,7 +139,7 @@ class TrainingState:
         sums = {k:float(v) for k,v in self.sums.items()}
         with atomic(path) as tmp:
             torch.save(dict(state, step=self.step, seconds=self.seconds, sums=sums, settings=settings), tmp)
-            if Path(path).exists(): os.replace(path, before(path))     # only now, when the new one is written
+            if Path(path).exists(): os.replace(path, _before(path))     # only now, when the new one is written
 
     def load(self, path, settings):
         "Read a state written by `save`, or the one before where it is damaged; raises ValueError where neither is sound, or settings differ."
