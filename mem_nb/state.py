@@ -121,6 +121,7 @@ def sound_state(
         return found
     raise ValueError(f"{'; '.join(told)}; remove {Path(path).parent} to begin this step again")
 
+# %% ../nbs/08_state.ipynb #83659bca
 @dataclass
 class TrainingState:
     "Everything that changes while training."

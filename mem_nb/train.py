@@ -138,7 +138,7 @@ def train_step(
     if state.ema is not None: state.ema.update(state.model, step=state.step)
     return dict(totals, grad_norm=norm), samples
 
-# %% ../nbs/08b_train.ipynb #e0c169df
+# %% ../nbs/08b_train.ipynb #f77691f6
 @contextmanager
 def listening():
     "Note the signals USR1 and TERM while the loop runs, instead of dying of them; gives the list of those that came."
@@ -149,7 +149,7 @@ def listening():
     finally:
         for s,handler in old.items(): signal.signal(getattr(signal, s), handler)
 
-# %% ../nbs/08b_train.ipynb #a02cb67a
+# %% ../nbs/08b_train.ipynb #716aaf54
 class Loss(nn.Module):
     "A model with its loss, called as one."
     def __init__(self, model, loss_fn):
@@ -216,6 +216,7 @@ def _stop(self:Trainer):
     self.acc.wait_for_everyone()
     raise Stopped(f"{self.desc}: asked to stop at step {self.state.step} of {self.steps}; saved in {self.file}. The same command continues")
 
+# %% ../nbs/08b_train.ipynb #fc5e68aa
 @patch
 def _start(self:Trainer):
     "Prepare device and state; continue where a saved state lies."

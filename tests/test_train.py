@@ -180,9 +180,3 @@ def test_full_disk_is_one_sentence_whoever_noticed(tmp_path, monkeypatch):
         with atomic(tmp_path/'state.pt') as tmp: tmp.write_text('half'); raise RuntimeError('enforce fail at inline_container.cc')
     assert not list(tmp_path.iterdir())
 
-def test_several_processes_are_refused_until_they_share_batches(tmp_path, monkeypatch):
-    import mem_nb.train as t
-    class Two:
-        num_processes = 2
-    monkeypatch.setattr(t, 'make_accelerator', lambda run: Two())
-    with pytest.raises(ValueError, match='2 processes would all train on the same batches'): train(tmp_path)
