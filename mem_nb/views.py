@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PIECE', 'Draws', 'scale_factor', 'scaled_size', 'draw_changes', 'event_map', 'pieces', 'frame_style', 'crop_frames',
-           'light_frames', 'make_views', 'level_op', 'original_frames']
+           'by_loop', 'light_frames', 'make_views', 'level_op', 'original_frames']
 
 # %% ../nbs/06b_views.ipynb #c67bde82
 import math
@@ -16,6 +16,8 @@ from .augment import (COLOR, OPS, _integers, _matrix, _uniform, apply_ops, draw_
                             draw_tilt, jitter_frames, join_maps, ops_map, reverse_events, warp_frames)
 from .config import DataConfig
 from .batches import EventBatch, PackedBatch, keep
+from .loops import loop_frames
+from .recolour import loop_ops
 from .frames import (gamma_transform, histogram, log_transform, pixel_map,
                            remove_hot_pixels, resize_frames, to_frames)
 
@@ -143,16 +145,31 @@ def crop_frames(
     return frames[b[:,None,None,None], torch.arange(frames.shape[1], device=frames.device)[:,None,None], rows[:,None,:,None], cols[:,None,None,:]]
 
 def _write(batch, d, style, draws, go, out):
-    "Frames of one piece into `out`, all but the light."
+    "Frames of one piece into `out`, nothing done to them yet."
     events = d.geometry=='events'
     if draws is not None and draws.back is not None: batch = reverse_events(batch, draws.back)
     if draws is not None and draws.corner is not None and not events:
         large = to_frames(batch, go=go, **style | dict(size=scaled_size(d, batch.size)))
         out.copy_(crop_frames(large, draws.corner, d.input_size))
-    else: to_frames(batch, go=go, grid=d.input_size if events and d.frame_fit=='scale_crop' else None, out=out, **style)
+    else: to_frames(batch, go=go, grid=_grid(d), out=out, **style)
+
+def _grid(d): return d.input_size if d.geometry=='events' and d.frame_fit=='scale_crop' else None   # on which moved events are counted
+
+def by_loop(
+    batch,         # EventBatch or PackedBatch
+    d:DataConfig,  # representation, filters
+    draws:Draws,   # None: nothing was drawn
+) -> bool:
+    "May `loop_frames` make these frames? It can what most frames want, on a CPU."
+    plain = d.representation=='histogram' and not (d.timesurface or d.logtrafo or d.gammatrafo or d.original_frames)
+    return plain and isinstance(batch, PackedBatch) and not batch.words.is_cuda and (d.geometry=='events' or draws is None or draws.corner is None)
+
+def _change(out, d, draws):
+    "What is done to finished frames: tilt, RandAugment; in place."
+    events = d.geometry=='events'
     if draws is None: return
     if not events and draws.tilt is not None: out.copy_(warp_frames(out, draws.tilt))
-    if draws.ops is not None: apply_ops(out, draws.ops, draws.strength, names=tuple(COLOR) if events else OPS)
+    if draws.ops is not None: (apply_ops if out.is_cuda else loop_ops)(out, draws.ops, draws.strength, names=tuple(COLOR) if events else OPS)
 
 # %% ../nbs/06b_views.ipynb #469384f3
 def light_frames(
@@ -177,11 +194,17 @@ def make_views(
     style = frame_style(d)
     out = torch.empty(b, d.in_chans, *d.input_size, device=device)
     lit = torch.empty_like(out) if two else out
+    if quick := by_loop(batch, d, draws):
+        scale = {k:style[k] for k in ('size','fit','hot_pixel_stds','normalize','gain')}
+        loop_frames(batch, go=go, grid=_grid(d), back=draws and draws.back, out=out, **scale)
     for i,j in pieces(batch, max(d.input_H*d.input_W, batch.size[0]*batch.size[1])):
-        part,drawn = batch.part(i, j) if j-i<b else batch, draws and draws.part(i, j)
-        part = part.unpack(times) if isinstance(part, PackedBatch) else part if times else replace(part, t=None)
-        if d.original_frames: original_frames(part, d, drawn, out[i:j])
-        else: _write(part, d, style, drawn, go if go is None else go[...,i:j], out[i:j])
+        drawn = draws and draws.part(i, j)
+        if not quick:
+            part = batch.part(i, j) if j-i<b else batch
+            part = part.unpack(times) if isinstance(part, PackedBatch) else part if times else replace(part, t=None)
+            if d.original_frames: original_frames(part, d, drawn, out[i:j])
+            else: _write(part, d, style, drawn, go if go is None else go[...,i:j], out[i:j])
+        if not d.original_frames: _change(out[i:j], d, drawn)
         if two: lit[i:j] = out[i:j]
         light_frames(lit[i:j], drawn, (0,2) if d.representation=='histogram' and 'leak' not in d.original else None)
     return (out,lit) if two else out
