@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BRIGHT', 'DARK', 'away', 'stretch', 'solarize', 'posterize', 'sharpen', 'equalize', 'recolour', 'room_for',
-           'loop_ops']
+           'loop_ops', 'loop_light']
 
 # %% ../nbs/06a_recolour.ipynb #0cbd526d
 import numpy as np, torch
@@ -126,3 +126,25 @@ def loop_ops(
             if OPS[k] in COLOR and OPS[k] in names: recolour(frames[i].numpy(), OPS[k], m, room)
             elif OPS[k] in GEOMETRIC and OPS[k] in names: apply_ops(frames[i:i+1], torch.tensor([[k]]), torch.tensor([[m]]))
     return frames
+
+# %% ../nbs/06a_recolour.ipynb #840a38ba
+@compiled
+def _light(frame, brightness, saturation, gray, out):
+    low,zero,one = np.float32(-1),np.float32(0),np.float32(1)
+    for i in range(frame.shape[1]):
+        for j in range(frame.shape[2]):
+            a,b = min(max(frame[0,i,j]*brightness, low), one),min(max(frame[2,i,j]*brightness, low), one)
+            if gray:
+                g = a*BRIGHT + b*DARK
+                a,b = min(max((a-g)*saturation+g, zero), one),min(max((b-g)*saturation+g, zero), one)
+            out[0,i,j],out[1,i,j],out[2,i,j] = a,frame[1,i,j],b
+
+def loop_light(
+    frames:torch.Tensor,  # `(B, 3, H, W)` on the CPU
+    light:torch.Tensor,   # `(1, B)` factors of brightness, or `(2, B)` of brightness and saturation
+    out:torch.Tensor,     # where they go; may be `frames`
+) -> torch.Tensor:        # `out`
+    "`jitter_frames` of channels 0 and 2 by a compiled loop."
+    for frame,factors,into in zip(frames.numpy(), light.T.numpy(), out.numpy()):
+        _light(frame, factors[0], factors[-1], len(factors)>1, into)
+    return out

@@ -17,7 +17,7 @@ from .augment import (COLOR, OPS, _integers, _matrix, _uniform, apply_ops, draw_
 from .config import DataConfig
 from .batches import EventBatch, PackedBatch, keep
 from .loops import loop_frames
-from .recolour import loop_ops
+from .recolour import loop_light, loop_ops
 from .frames import (gamma_transform, histogram, log_transform, pixel_map,
                            remove_hot_pixels, resize_frames, to_frames)
 
@@ -181,6 +181,13 @@ def light_frames(
     if draws is None or draws.light is None: return frames
     return jitter_frames(frames, *draws.light, channels=channels or range(frames.shape[1]))
 
+def _lighten(frames, d, draws, out, quick):
+    "The frames into `out`, which may be the same, with their light as drawn."
+    lit = draws is not None and draws.light is not None
+    if lit and quick: return loop_light(frames, draws.light, out)
+    if out.data_ptr()!=frames.data_ptr(): out.copy_(frames)
+    return light_frames(out, draws, (0,2) if d.representation=='histogram' and 'leak' not in d.original else None)
+
 def make_views(
     batch,             # EventBatch or PackedBatch of B samples
     d:DataConfig,      # representation and augmentation
@@ -205,8 +212,7 @@ def make_views(
             if d.original_frames: original_frames(part, d, drawn, out[i:j])
             else: _write(part, d, style, drawn, go if go is None else go[...,i:j], out[i:j])
         if not d.original_frames: _change(out[i:j], d, drawn)
-        if two: lit[i:j] = out[i:j]
-        light_frames(lit[i:j], drawn, (0,2) if d.representation=='histogram' and 'leak' not in d.original else None)
+        _lighten(out[i:j], d, drawn, lit[i:j], quick)
     return (out,lit) if two else out
 
 # %% ../nbs/06b_views.ipynb #b0d4213c
