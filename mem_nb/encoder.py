@@ -17,6 +17,7 @@ from scipy.interpolate import RectBivariateSpline
 from timm.layers import resample_abs_pos_embed
 from timm.models import adapt_input_conv, build_model_with_cfg, generate_default_cfgs, load_state_dict, register_model
 from timm.models.beit import Beit
+from torch.utils.checkpoint import checkpoint
 from .config import Config
 
 # %% ../nbs/11_encoder.ipynb #b5baf7bb
@@ -77,9 +78,11 @@ def config_encoder(
 ) -> Beit:
     "The encoder of a configuration."
     d,e = cfg.data,cfg.encoder
-    return build_encoder(d.input_size, cfg.patch, d.in_chans, e.emb, e.depth, e.heads, e.mlp_ratio, drop_path,
-                         e.init_values, shared_bias, num_classes, abs_pos=cfg.pretrain.pretrained,
-                         position_start=e.position_start)
+    encoder = build_encoder(d.input_size, cfg.patch, d.in_chans, e.emb, e.depth, e.heads, e.mlp_ratio, drop_path,
+                            e.init_values, shared_bias, num_classes, abs_pos=cfg.pretrain.pretrained,
+                            position_start=e.position_start)
+    encoder.set_grad_checkpointing(e.checkpointing)
+    return encoder
 
 # %% ../nbs/11_encoder.ipynb #c7e4448f
 _MEM = dict(img_size=224, patch_size=16, num_classes=0, use_abs_pos_emb=False, init_values=.1, head_init_scale=1.)
@@ -170,7 +173,9 @@ def encode_patches(
         if bias is not None: bias = bias[:, keep[:,:,None], keep[:,None,:]].transpose(0,1) # (B, heads, 1+n, 1+n)
         if pos is not None: pos = pos[0,keep]
     if pos is not None: x = x + pos
-    for block in encoder.blocks: x = block(x, shared_rel_pos_bias=bias)
+    again = encoder.grad_checkpointing and torch.is_grad_enabled()         # see `transformer_checkpointing`
+    for block in encoder.blocks:
+        x = checkpoint(block, x, bias, use_reentrant=False) if again else block(x, shared_rel_pos_bias=bias)
     return encoder.norm(x)
 
 # %% ../nbs/11_encoder.ipynb #5d16f2a6

@@ -46,7 +46,7 @@ def classifier_optimizer(
     if freeze:
         for name,p in model.named_parameters(): p.requires_grad = name.startswith(('head','fc_norm'))
     groups = param_groups_layer_decay(model, weight_decay, ['cls_token','pos_embed'], layer_decay=layer_decay)
-    return torch.optim.AdamW(groups, lr, (.9, beta2))
+    return torch.optim.AdamW(groups, lr, (.9, beta2), fused=True)
 
 # %% ../nbs/13_finetune.ipynb #30724110
 @torch.no_grad()

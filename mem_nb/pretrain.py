@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt, numpy as np, torch, torch.nn.functional as F
 from einops import rearrange
 from matplotlib.colors import to_rgb
 from timm.layers import trunc_normal_
+from timm.models import checkpoint_seq
 from timm.models.beit import Beit
 from timm.models.vision_transformer import Block
 from timm.optim import param_groups_weight_decay
@@ -91,7 +92,8 @@ class MaskedAutoencoder(nn.Module):
         x = self.mask_token.to(seen.dtype).repeat(*mask.shape, 1)                             # (B, N, w)
         x[~mask] = seen[:,1:].flatten(0,1)
         x = torch.cat([seen[:,:1], x], 1) + self.positions
-        return self.pixels(self.norm(self.blocks(x)))[:,1:]
+        again = self.encoder.grad_checkpointing and torch.is_grad_enabled()
+        return self.pixels(self.norm(checkpoint_seq(self.blocks, x) if again else self.blocks(x)))[:,1:]
 
     def forward(self, frames, mask): return self.forward_pixels(frames, mask)[mask]   # (mask.sum(), patch*patch*C)
 
@@ -267,7 +269,7 @@ def pretrain_optimizer(
 ) -> torch.optim.AdamW:
     "AdamW; its first beta is 0.9."
     without = ['encoder.cls_token', 'encoder.pos_embed']
-    return torch.optim.AdamW(param_groups_weight_decay(model, weight_decay, no_weight_decay_list=without), lr, (.9,beta2))
+    return torch.optim.AdamW(param_groups_weight_decay(model, weight_decay, no_weight_decay_list=without), lr, (.9,beta2), fused=True)
 
 # %% ../nbs/12_pretrain.ipynb #24b2ef60
 def pretrain_task(

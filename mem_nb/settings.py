@@ -25,7 +25,8 @@ class RunConfig:
     runs_dir:str = 'runs'      # results lie in runs_dir/expweek/expname
     seed:int = 0               # seed of every random choice that has no seed of its own
     device:str = 'auto'        # auto, cpu, cuda
-    precision:str = 'auto'     # auto (bf16 on a GPU that has it, else fp32), fp32, bf16, fp16
+    precision:str = 'auto'     # auto (bf16 on a GPU or CPU that has it, else fp32), fp32, bf16, fp16
+    compile:bool = False       # torch.compile the model: minutes at the start, then faster on a GPU; needs a C compiler
     num_workers:int = 0        # processes that read batches; 0 reads in the training process
     prepare_workers:int = 0    # processes that prepare recordings; 0: one a core
     save_minutes:float = 10.   # longest time between two saved training states
@@ -123,6 +124,7 @@ class EncoderConfig:
     mlp_ratio:float = 4.       # width of the MLP over the width
     init_values:float = 0.1    # layer scale at the start
     position_start:str = 'zero'  # position bias at the start: zero (BEiT) or near (each head looks at a neighbour)
+    checkpointing:bool = False # compute each block again for its gradient: less memory, a third more time, the same result
 
     choices = dict(position_start=('zero','near'))
     positive = ('emb','depth','heads','mlp_ratio')

@@ -79,7 +79,8 @@ def weights_hash(path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()[:12] if file.is_file() else ''
 
 # %% ../nbs/08_state.ipynb #6b5c0019
-NOT_OF_THE_RESULT = {'save_ckpt_freq','skip','checkpoint','data_path','store_path','split_file','methods','labels','seeds'}
+NOT_OF_THE_RESULT = {'save_ckpt_freq','skip','checkpoint','data_path','store_path','split_file','methods','labels','seeds',
+                     'checkpointing'}
 
 def step_settings(
     cfg:Config,        # configuration

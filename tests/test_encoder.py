@@ -5,6 +5,8 @@ from timm.models.vision_transformer import VisionTransformer
 from mem_nb.config import parse_config
 from mem_nb.encoder import (attention_maps, build_encoder, config_encoder, encode_patches, features, from_patches, from_vit,
                             load_encoder, near_bias, resize_bias, share_to_block_bias, sincos_positions, to_patches)
+from mem_nb.masking import hide_first
+from mem_nb.pretrain import MaskedAutoencoder, MaskedEventModel
 from mem_nb.train import save_weights
 
 GOLDEN = Path(__file__).parents[2]/'shared'/'golden'
@@ -167,3 +169,20 @@ def test_rgb_weights_ask_the_hub_only_for_a_fitting_encoder(monkeypatch):
     monkeypatch.setattr(timm, 'create_model', offline)
     with torch.device('meta'): paper = build_encoder((224,224), 16, abs_pos=True)
     with pytest.raises(OSError, match='vit_base_patch16_224 could not be fetched.*pt_checkpoint'): rgb_weights(paper)
+
+@pytest.mark.parametrize('kind', ['tokens','pixels','classes'])
+def test_computing_blocks_again_changes_neither_loss_nor_gradient(kind):
+    torch.manual_seed(0)
+    encoder = build_encoder((32,32), 8, **tiny, drop_path=.3, shared_bias=kind!='classes', num_classes=10*(kind=='classes'))
+    model = dict(tokens=lambda: MaskedEventModel(encoder, 16), pixels=lambda: MaskedAutoencoder(encoder, 32, 2, 4), classes=lambda: encoder)[kind]()
+    frames,mask,found = torch.rand(4,3,32,32),hide_first(torch.rand(4,16), 8),[]
+    for again in (False, True):
+        encoder.set_grad_checkpointing(again); model.zero_grad(); torch.manual_seed(1)   # the same paths are dropped
+        loss = (model(frames) if kind=='classes' else model(frames, mask)).square().mean()
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(found[0])==len(found[1])>20 and all(torch.equal(a, b) for a,b in zip(*found))
+
+def test_the_setting_reaches_the_encoder():
+    text = 'input_H = 32\ninput_W = 32\nnum_mask_patches = 2\ntransformer_emb = 48\ntransformer_heads = 3\ntransformer_depth = 2\n'
+    for on in (0, 1): assert config_encoder(parse_config(f'{text}transformer_checkpointing = {on}')).grad_checkpointing == bool(on)

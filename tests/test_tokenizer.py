@@ -3,9 +3,10 @@ import argparse, math
 from copy import deepcopy
 import numpy as np, pytest, torch, torch.nn.functional as F
 from conftest import TINY
+from mem_nb.codes import gumbel_noise
 from mem_nb.config import parse_config
 from mem_nb.settings import TokenizerConfig
-from mem_nb.tokenizer import (EventVAE, build_tokenizer, codebook_health, gumbel_weights, kl_to_uniform, load_tokenizer, reconstruct, reconstruction_loss,
+from mem_nb.tokenizer import (EventVAE, build_tokenizer, codebook_health, draw_codes, gumbel_weights, kl_to_uniform, load_tokenizer, reconstruct, reconstruction_loss,
                               schedules, temperature_at, tokenizer, tokenizer_file, tokenizer_loss, tokenizer_path, usage_loss)
 from mem_nb.train import read_log, save_weights, weights_hash
 
@@ -308,3 +309,31 @@ def test_what_does_not_fit_is_said(run):
     with pytest.raises(ValueError, match='patches of 4'): build_tokenizer(run[0]).tokens(torch.zeros(1,3,30,30))
     with pytest.raises(ValueError, match='no square grid'): small().decode(torch.zeros(1,40).long())
     with pytest.raises(ValueError, match='known: mse'): reconstruction_loss(torch.zeros(1), torch.zeros(1), 'huber')
+
+# ---- memory
+@pytest.mark.parametrize('straight_through', [False, True])
+def test_a_few_places_at_a_time_is_the_same_as_all_at_once(straight_through):
+    vae,frames,few = small(),torch.rand(3,3,32,32, generator=seeded()),7
+    seeds = torch.randint(2**62, (-(-3*64//few),), generator=seeded(5)).tolist()
+    drawn = [gumbel_noise((min(few, 192-few*i), 32), seeded(s)) for i,s in enumerate(seeds)]
+    noise = torch.cat(drawn).view(3,8,8,32).permute(0,3,1,2)
+    def whole():
+        reconstruction,logits = vae(frames, .7, straight_through, noise=noise)
+        return reconstruction,kl_to_uniform(logits),usage_loss(logits),logits.argmax(1).flatten(1)
+    def pieces():
+        blends,t = draw_codes(vae.features(frames), vae.encoder[-1], vae.codebook.weight, .7, straight_through, seeded(5), few)
+        return vae.decoder(blends),t['kl'],t['usage'],t['codes']
+    found = []
+    for (reconstruction,kl,usage,codes) in (whole(), pieces()):
+        vae.zero_grad()
+        ((reconstruction-frames).square().sum() + .1*kl + usage).backward()
+        found.append([reconstruction, kl, usage, *(p.grad.clone() for p in vae.parameters())])
+        assert torch.equal(codes, vae.tokens(frames))
+    for a,b in zip(*found): near(a, b)
+
+def test_nothing_as_large_as_the_logits_waits_for_the_gradient():
+    vae,frames,kept = small(num_tokens=512),torch.rand(2,3,32,32, generator=seeded()),[]
+    x = vae.features(frames)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        draw_codes(x, vae.encoder[-1], vae.codebook.weight, 1., False, seeded(), 16)
+    assert max(kept, default=0) < 2*64*512

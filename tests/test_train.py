@@ -1,10 +1,11 @@
 "Training: what makes a killed run end where an unbroken one does, and what stops a run that cannot go on."
 import json
+from copy import deepcopy
 from dataclasses import dataclass
 import numpy as np, pytest, torch
 from torch import nn
 from mem_nb.config import Config, RunConfig
-from mem_nb.train import Trainer, atomic, cosine_schedule, fit, load_weights, read_log, save_weights, step_generator, step_settings
+from mem_nb.train import Trainer, atomic, compile_model, cosine_schedule, fit, load_weights, read_log, save_weights, step_generator, step_settings
 
 @dataclass
 class Points:
@@ -180,3 +181,15 @@ def test_full_disk_is_one_sentence_whoever_noticed(tmp_path, monkeypatch):
         with atomic(tmp_path/'state.pt') as tmp: tmp.write_text('half'); raise RuntimeError('enforce fail at inline_container.cc')
     assert not list(tmp_path.iterdir())
 
+# ---- speed
+def test_without_a_compiler_training_goes_on(monkeypatch, capsys):
+    monkeypatch.setenv('PATH', ''); monkeypatch.delenv('CXX', raising=False)
+    model = nn.Linear(2, 2)
+    assert not compile_model(model) and 'no C compiler' in capsys.readouterr().out and model._compiled_call_impl is None
+
+def test_a_compiled_model_keeps_the_names_of_its_weights(monkeypatch):
+    monkeypatch.setattr('mem_nb.train.shutil.which', lambda name: name)   # compiling itself waits for the first call
+    model = nn.Linear(2, 2)
+    names = list(model.state_dict())
+    assert compile_model(model) and list(model.state_dict())==names and model._compiled_call_impl is not None
+    assert list(deepcopy(model).state_dict())==names
