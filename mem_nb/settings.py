@@ -201,13 +201,20 @@ class SlurmConfig:
     nodes:int = 1               # machines
     cpus_per_task:int = 8       # cores a process
     gpu_num:int = 1             # GPUs a machine
-    gpu_vram:str = ''           # smallest memory a GPU, such as 48G
+    gpu_vram:str = ''           # smallest memory a GPU, such as 48G; asked for as --gres=gpu:N,VRAM:48G
     mem:str = '48G'             # memory a machine
     time:str = '1-00:00:00'     # time limit, days-hours:minutes:seconds
     mail_type:str = 'None'      # which mails to send
     exclude:str = ''            # machines not to use
+    partition:str = ''          # part of the cluster; empty: its default
+    account:str = ''            # who pays
+    qos:str = ''                # quality of service
+    processes:int = 1           # processes a machine where gpu_num = 0; else one a GPU
+    options:str = ''            # any other options of sbatch, such as --constraint=a100 --reservation=lab
+    setup:str = ''              # a line of shell before the work, such as: module load cuda; source .venv/bin/activate
+    container:str = ''          # words before the command, such as: apptainer exec --nv image.sif
 
-    positive = ('nodes','cpus_per_task')
+    positive = ('nodes','cpus_per_task','processes')
 
 # %% ../nbs/00_settings.ipynb #9dcf6689
 @dataclass
