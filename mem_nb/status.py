@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['is_run', 'runs_below', 'find_runs', 'last_lines', 'last_record', 'progress', 'finished', 'current', 'last_words',
-           'afterwards', 'job_word', 'run_status', 'duration', 'status_text', 'logs', 'cancel']
+           'afterwards', 'job_word', 'worker', 'run_status', 'duration', 'status_text', 'logs', 'cancel']
 
-# %% ../nbs/17b_status.ipynb #7be0b38b
-import json, os, re, shutil, subprocess, time
+# %% ../nbs/17b_status.ipynb #5dd25af2
+import fcntl, json, os, re, shutil, struct, subprocess, time
 from pathlib import Path
 from .slurm import ask_slurm, job_states, noted_jobs
 
-# %% ../nbs/17b_status.ipynb #a840192f
+# %% ../nbs/17b_status.ipynb #ff07e368
 def is_run(
     folder:Path,  # anywhere
 ) -> bool:
@@ -39,7 +39,7 @@ def find_runs(
     names = ', '.join(r.name for r in found[:8])
     raise FileNotFoundError(f"no run {word!r} below {runs_dir}" + (f"; there are: {names}{' …' if len(found)>8 else ''}" if names else '; there is none yet') + '. runs_dir=… looks elsewhere')
 
-# %% ../nbs/17b_status.ipynb #f72a2f87
+# %% ../nbs/17b_status.ipynb #d8d15560
 def last_lines(
     path:Path,    # text
     n:int,        # how many
@@ -70,7 +70,7 @@ def progress(
     return dict(state='done' if done else 'begun' if r else 'new', at=r.get('step'), of=r.get('steps'), loss=r.get('loss'), images_s=r.get('images_s'),
                 left=left, quiet=time.time()-log.stat().st_mtime if log.is_file() else None)
 
-# %% ../nbs/17b_status.ipynb #e4fb74da
+# %% ../nbs/17b_status.ipynb #ffa2c045
 def finished(
     folder:Path,  # of a run
     step:str,     # name of a step
@@ -95,7 +95,7 @@ def current(
     first = p['state']=='new' and steps[0]=='prepare' and len(todo)==len(steps)-1
     return 'prepare' if first else str(where.relative_to(folder)),p
 
-# %% ../nbs/17b_status.ipynb #aeae1ff2
+# %% ../nbs/17b_status.ipynb #b8d52587
 def last_words(
     log:Path,  # output of a job
 ) -> str:
@@ -132,7 +132,19 @@ def job_word(
     word = afterwards(job)
     return ('cancelled' if word=='CANCELLED' else 'stopped'),f"job {job}: {word.lower().replace('_',' ') or 'no longer in the queue'}"
 
-# %% ../nbs/17b_status.ipynb #4ebfa774
+# %% ../nbs/17b_status.ipynb #66f235dc
+def worker(
+    folder:Path,  # of a step
+) -> str:         # such as `812 on n1`; '' where nobody holds the lock
+    "The process that trains in a folder now."
+    lock = folder.with_name(f'.{folder.name}.lock')
+    if not lock.is_file(): return ''
+    with open(lock) as f:
+        asked = struct.pack('hhqqi4x', fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        free = struct.unpack('hhqqi4x', fcntl.fcntl(f, fcntl.F_GETLK, asked))[0]==fcntl.F_UNLCK
+        return '' if free else f.read().strip() or 'a process'
+
+# %% ../nbs/17b_status.ipynb #8fcb521b
 def run_status(
     folder:Path,   # of a run
     steps:list,    # names of the steps that it is to go through
@@ -144,10 +156,11 @@ def run_status(
     state,why = job_word(folder, states)
     if step is None: state,why = 'done',''
     elif state in ('','ended'):
-        quiet = p['quiet']
-        fresh = quiet is not None and quiet < max(300, 100*(last_record(folder/step/'log.jsonl').get('step_seconds') or 0))
-        state = 'running' if fresh else 'new' if p['state']=='new' and not state and step in ('prepare',*steps[:1]) else 'stopped'
-        why = f'quiet for {duration(quiet)}; the same command continues' if state=='stopped' and quiet is not None else ''
+        who,quiet = worker(folder/step),p['quiet']
+        state = 'running' if who else 'new' if step in ('prepare',*steps[:1]) and p['state']=='new' else 'stopped'
+        why = f'process {who}' if who else f'quiet for {duration(quiet)}; the same command continues' if quiet is not None else ''
+    note = folder/'failed.txt'
+    if state in ('stopped','failed','new') and note.is_file(): state,why = 'failed',note.read_text().splitlines()[0]
     return dict(run='/'.join(folder.parts[-2:]), state=state, step=step or '', **{k:p[k] for k in ('at','of','loss','images_s')},
                 left=p['left'] if state=='running' else None, why=why)
 
@@ -160,7 +173,7 @@ def duration(
     if s<5400: return f'{s//60} min'
     return f'{s//3600} h {s%3600//60:02} min' if s<172800 else f'{s//86400} d {s%86400//3600} h'
 
-# %% ../nbs/17b_status.ipynb #90fea21d
+# %% ../nbs/17b_status.ipynb #62e5744b
 def status_text(
     rows:list,  # from `run_status`
 ) -> str:
@@ -172,7 +185,7 @@ def status_text(
     widths = [max(map(len, column)) for column in zip(*table)]
     return '\n'.join('  '.join(v.rjust(w) if 3<=i<=7 else v.ljust(w) for i,(v,w) in enumerate(zip(row, widths))).rstrip() for row in table)
 
-# %% ../nbs/17b_status.ipynb #e6bae1b6
+# %% ../nbs/17b_status.ipynb #12f557ff
 def logs(
     folder:Path,  # of a run
     n:int=20,     # lines

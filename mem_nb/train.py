@@ -285,7 +285,7 @@ def _report(self:Trainer, lr, validate, bar):
         if validate and self.media and (self.state.step==self.steps or time.time()-self.drawn>60):   # drawing takes a second
             _save_media(self.acc, self.media(self.state.averaged), self.folder, self.state.step)
             self.drawn = time.time()
-        append_log(self.folder, self.metrics)
+        append_log(self.folder, dict(self.metrics, steps=self.steps))   # so that one can tell how far it is
     if self.acc.is_main_process: self.acc.log({k:v for k,v in self.metrics.items() if k!='step'}, step=self.state.step)
     self.acc.wait_for_everyone()
     bar.set_postfix({k:f'{v:.3g}' for k,v in self.metrics.items() if k in SHOWN}, refresh=False)
