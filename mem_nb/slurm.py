@@ -6,13 +6,13 @@
 __all__ = ['ENTRY', 'RANKS', 'BATCH', 'ABOUT', 'job_options', 'batch_text', 'snapshot', 'keep_text', 'write_job', 'ask_slurm',
            'submit', 'note_job', 'submit_step', 'noted_jobs', 'job_states', 'live_jobs']
 
-# %% ../nbs/17_slurm.ipynb #4adc17d8
+# %% ../nbs/17_slurm.ipynb #f86fdb42
 import hashlib, json, os, re, shlex, shutil, subprocess, sys, time
 from pathlib import Path
 import mem_nb
 from .config import Config, SlurmConfig, config_text
 
-# %% ../nbs/17_slurm.ipynb #85c63217
+# %% ../nbs/17_slurm.ipynb #d69e5f56
 ENTRY = "from mem_nb.pipeline import main; main()"   # what the command `mem_nb` runs
 
 def job_options(
@@ -30,7 +30,7 @@ def job_options(
     options = [f"--{k.replace('_','-')}={shlex.quote(str(v))}" for k,v in asked.items() if v!='']
     return [*options, '--requeue', *re.split(r'\s+(?=-)', slurm.options.strip())] if slurm.options.strip() else [*options, '--requeue']
 
-# %% ../nbs/17_slurm.ipynb #4c655bb6
+# %% ../nbs/17_slurm.ipynb #b4391ef0
 RANKS = """export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 """
 BATCH = r"""#!/bin/bash
@@ -65,7 +65,7 @@ if [ $code = 0 ]; then tell "done" 0; else tell failed $code; fi
 exit $code
 """
 
-# %% ../nbs/17_slurm.ipynb #9392d9bd
+# %% ../nbs/17_slurm.ipynb #3c0ff34d
 def batch_text(
     slurm:SlurmConfig,  # machines, GPUs, memory, time …
     step:str,           # what `mem_nb` is asked for: run, or a step
@@ -84,7 +84,7 @@ def batch_text(
         rank='  export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_STEP_NUM_TASKS\n' if many else '',
         python=f"{slurm.container} {shlex.quote(sys.executable) if own else 'python'}".strip())
 
-# %% ../nbs/17_slurm.ipynb #0774ec97
+# %% ../nbs/17_slurm.ipynb #a4bbc158
 def snapshot(
     folder:Path,  # copies go into `code-<hash>` in it
 ) -> Path:        # the folder that holds the copied package
@@ -111,7 +111,7 @@ def keep_text(
     path.write_text(text)
     return path
 
-# %% ../nbs/17_slurm.ipynb #ddb51a4d
+# %% ../nbs/17_slurm.ipynb #4b03e58a
 def write_job(
     cfg:Config,    # of the run
     step:str,      # run, or a step
@@ -124,7 +124,7 @@ def write_job(
         return keep_text(slurm, f'{step}.sh', batch_text(cfg.slurm, step, conf, snapshot(slurm), folder))
     except OSError as e: raise OSError(f"cannot write into the run folder {cfg.folder}: {e.strerror.lower()}; runs_dir = … says where runs lie") from None
 
-# %% ../nbs/17_slurm.ipynb #85da774b
+# %% ../nbs/17_slurm.ipynb #cb4f294d
 ABOUT = {'partition':'slurm_partition', 'account':'slurm_account', 'qos|quality of service':'slurm_qos', 'generic resource|gres':'gpu_num, gpu_vram',
          'time limit|--time':'slurm_time', 'memory|--mem':'slurm_mem', 'mail':'slurm_mail_type', 'node name|--exclude':'slurm_exclude',
          'feature|unrecognized option|invalid option|invalid constraint':'slurm_options', 'node count|--nodes':'slurm_nodes',
@@ -161,7 +161,7 @@ def note_job(
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, 'a') as f: f.write(json.dumps(dict(job=job, step=step, time=time.time(), **more))+'\n')
 
-# %% ../nbs/17_slurm.ipynb #b0cd74be
+# %% ../nbs/17_slurm.ipynb #bd76fd6d
 def submit_step(
     cfg:Config,         # of the run
     step:str,           # run, or a step
@@ -176,7 +176,7 @@ def submit_step(
     print(f'job {job}; follow it: mem_nb status {cfg.folder}; mem_nb logs {cfg.folder}; mem_nb cancel {cfg.folder}')
     return job
 
-# %% ../nbs/17_slurm.ipynb #2d0d41b3
+# %% ../nbs/17_slurm.ipynb #ad82a828
 def noted_jobs(
     folder:Path,  # of a run
 ) -> list:        # dicts with job, step, time, log; oldest first
@@ -187,12 +187,12 @@ def noted_jobs(
 def job_states(
     jobs:list,  # numbers of jobs; 7_2 is element 2 of array 7
 ) -> dict:      # number -> (state, reason, machines, seconds it may still run) for those that SLURM knows in its queue
-    "The queue's word on these jobs; empty where there is no SLURM, or where it does not answer."
+    "The queue's word on these jobs; empty where there is no SLURM. OSError where it does not answer."
     if not jobs or not shutil.which('squeue'): return {}
     whole = sorted({j.split('_')[0] for j in jobs})
-    try: out = subprocess.run(['squeue','-h','-r','-j',','.join(whole),'-o','%i|%T|%r|%N|%L'], capture_output=True, text=True, timeout=30).stdout
-    except subprocess.TimeoutExpired: return {}
-    found = {l.split('|')[0]:tuple(l.split('|')[1:]) for l in out.splitlines() if l.count('|')==4}
+    done = subprocess.run(['squeue','-h','-r','-j',','.join(whole),'-o','%i|%T|%r|%N|%L'], capture_output=True, text=True)
+    if done.returncode and 'Invalid job id' not in done.stderr: raise OSError(f"SLURM does not answer: {done.stderr.strip()}")
+    found = {l.split('|')[0]:tuple(l.split('|')[1:]) for l in done.stdout.splitlines() if l.count('|')==4}
     return {j:found[j] for j in jobs if j in found}
 
 def live_jobs(

@@ -15,8 +15,8 @@ from .slurm import ask_slurm, job_states, noted_jobs
 def is_run(
     folder:Path,  # anywhere
 ) -> bool:
-    "Whether a run was begun or submitted in this folder."
-    return (folder/'run.conf').is_file() or (folder/'slurm'/'jobs.jsonl').is_file()
+    "Whether a run was begun, or written down for SLURM, in this folder."
+    return (folder/'run.conf').is_file() or (folder/'slurm').is_dir()
 
 def runs_below(
     root:Path,    # where to look
