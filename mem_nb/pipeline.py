@@ -112,7 +112,8 @@ def watch(
     runs = status.find_runs(word, options.get('runs_dir', 'runs'))
     if not runs: return print(f"no runs below {options.get('runs_dir', 'runs')} yet; runs_dir=… looks elsewhere")
     if what=='status':
-        states = status.job_states([j['job'] for r in runs for j in status.noted_jobs(r)[-1:]])
+        try: states = status.job_states([j['job'] for r in runs for j in status.noted_jobs(r)[-1:]])
+        except OSError as e: states = print(f'{e}; so from the files alone:')
         return print(status.status_text([status.run_status(r, *_asked(r), states) for r in runs if _conf_of(r)]))
     if len(runs)>1: raise ValueError(f"{word or 'that'!r} means {len(runs)} runs; name one: {', '.join(map(str, runs[:8]))}")
     if what=='logs': print(status.logs(runs[0], n))

@@ -187,8 +187,9 @@ def noted_jobs(
 def job_states(
     jobs:list,  # numbers of jobs; 7_2 is element 2 of array 7
 ) -> dict:      # number -> (state, reason, machines, seconds it may still run) for those that SLURM knows in its queue
-    "The queue's word on these jobs; empty where there is no SLURM. OSError where it does not answer."
-    if not jobs or not shutil.which('squeue'): return {}
+    "The queue's word on these jobs; None where there is no SLURM to ask. OSError where it does not answer."
+    if not shutil.which('squeue'): return None
+    if not jobs: return {}
     whole = sorted({j.split('_')[0] for j in jobs})
     done = subprocess.run(['squeue','-h','-r','-j',','.join(whole),'-o','%i|%T|%r|%N|%L'], capture_output=True, text=True)
     if done.returncode and 'Invalid job id' not in done.stderr: raise OSError(f"SLURM does not answer: {done.stderr.strip()}")
@@ -199,4 +200,4 @@ def live_jobs(
     folder:Path,  # of a run
 ) -> list:        # numbers of its jobs that wait or run
     "Jobs of a run that are in the queue now."
-    return list(job_states([j['job'] for j in noted_jobs(folder)]))
+    return list(job_states([j['job'] for j in noted_jobs(folder)]) or {})

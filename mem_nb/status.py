@@ -115,12 +115,12 @@ def afterwards(
 
 def job_word(
     folder:Path,  # of a run
-    states:dict,  # from `job_states`
+    states:dict,  # from `job_states`; None where nobody can be asked
 ) -> tuple:       # state, why
     "What became of the newest job of a run; ('','') where there was none."
     if not (jobs := noted_jobs(folder)): return '',''
     job,log = jobs[-1]['job'],Path(jobs[-1].get('log') or folder/'slurm'/'none')
-    if job in states:
+    if states and job in states:
         state,reason,nodes,left = states[job]
         if state=='RUNNING': return 'running',f'job {job} on {nodes}, {left} left to it'
         return ('queued' if state=='PENDING' else state.lower()),f'job {job}: {reason}'
@@ -128,9 +128,9 @@ def job_word(
     event,code = (events[-1]['event'],events[-1]['code']) if events else ('','')
     if event=='done': return 'ended',''
     if event=='failed': return 'failed',f'job {job}: {last_words(log) or f"ended with {code}"}'
-    if event=='requeued' and not shutil.which('squeue'): return 'queued',f'job {job}, when it was last seen'
-    word = afterwards(job)
-    return ('cancelled' if word=='CANCELLED' else 'stopped'),f"job {job}: {word.lower().replace('_',' ') or 'no longer in the queue'}"
+    if states is None and event!='taken': return ('running' if event=='start' else 'queued'),f'job {job}, when it was last seen'
+    word = '' if states is None else afterwards(job)
+    return ('cancelled' if word=='CANCELLED' else 'stopped'),f"job {job}: {word.lower().replace('_',' ') or 'ended by SLURM'}"
 
 # %% ../nbs/17b_status.ipynb #66f235dc
 def worker(
@@ -149,7 +149,7 @@ def run_status(
     folder:Path,   # of a run
     steps:list,    # names of the steps that it is to go through
     many:int=1,    # finetunings that are wanted
-    states:dict={},# from `job_states`
+    states:dict=None, # from `job_states`
 ) -> dict:         # run, state, step, at, of, loss, images_s, left, why
     "One run in one line."
     step,p = current(folder, steps, many)
@@ -200,7 +200,7 @@ def cancel(
     folder:Path,  # of a run
 ) -> list:        # numbers of the jobs that were told to end
     "End the jobs of a run; they save first. ValueError where none is in the queue."
-    jobs = list(job_states([j['job'] for j in noted_jobs(folder)]))
+    jobs = list(job_states([j['job'] for j in noted_jobs(folder)]) or {})
     if not jobs: raise ValueError(f"no job of {folder} is in the queue" + ('' if shutil.which('squeue') else ', as far as this machine knows: it has no SLURM'))
     ask_slurm('scancel', *jobs)
     return jobs

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from .config import config_text, load_config
 from .datasets import store_path
-from .slurm import batch_text, keep_text, live_jobs, note_job, snapshot, submit
+from .slurm import batch_text, job_states, keep_text, live_jobs, note_job, noted_jobs, snapshot, submit
 from .status import job_word, last_record
 
 # %% ../nbs/17c_sweep.ipynb #e2cb2446
@@ -132,8 +132,9 @@ def missing(
     failed:dict={},  # from `run_here`
 ) -> dict:           # expname -> why
     "The elements that have no figures yet, and what is known of them."
+    states = job_states([j['job'] for cfg,_ in found for j in noted_jobs(cfg.folder)[-1:]])
     def why(cfg):
-        state,said = job_word(cfg.folder, {})
+        state,said = job_word(cfg.folder, states)
         begun = last_record(cfg.folder/'pretrain'/'log.jsonl')
         return failed.get(cfg.run.expname) or f'{state} {said}'.strip() or ('not finished' if begun else 'not begun')
     return {cfg.run.expname:why(cfg) for cfg,_ in found if not figures(cfg.folder)}

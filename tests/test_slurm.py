@@ -6,7 +6,7 @@ import slurm_cluster
 from conftest import TINY
 from mem_nb.config import parse_config
 from mem_nb.pipeline import command, watch
-from mem_nb.slurm import job_options, live_jobs, noted_jobs, submit_step, write_job
+from mem_nb.slurm import job_options, job_states, live_jobs, noted_jobs, submit_step, write_job
 from mem_nb.status import run_status
 from mem_nb.sweep import elements, submit_sweep
 
@@ -66,6 +66,7 @@ class Job:
     def submit(self): self.id = submit_step(self.cfg, self.step)
     def state(self): return self.cluster.ask('squeue', '-h', '-j', self.id, '-o', '%T').strip()
     def at(self): return run_status(self.folder, [self.step])['at'] or 0
+    def status(self): return run_status(self.folder, [self.step], 1, job_states([self.id]))
     def history(self): return [json.loads(l) for l in (self.folder/'slurm'/'history.jsonl').read_text().splitlines()]
     def events(self): return [e['event'] for e in self.history()]
     def log(self): return (self.folder/'slurm'/f'{self.id}.log').read_text()
@@ -96,12 +97,12 @@ def test_two_nodes_to_the_end(cluster, tmp_path):
     job.ended()
     assert job.results()==unbroken(10, 2) and job.events()==['start','done']
     assert job.history()[0]['nodes']=='n[1-2]'
-    assert run_status(job.folder, STEPS)['state']=='done'
+    assert job.status()['state']=='done'
 
 def test_usr1_saves_requeues_and_continues(cluster, tmp_path):
     job = Job(cluster, tmp_path, 'slurm_nodes = 2', steps=60)
     job.begun(13)
-    assert run_status(job.folder, STEPS, 1, {job.id:('RUNNING','None','n1','1:00')})['state']=='running'
+    assert job.status()['state']=='running'
     cluster.ask('scancel', '--signal=USR1', job.id)
     job.again(); job.ended()
     assert job.events()==['start','requeued','start','done'] and job.results()==unbroken(60, 2)
@@ -125,6 +126,7 @@ def test_a_time_limit_is_survived(cluster, tmp_path):
     job.begun()
     cluster.ask('scontrol', 'update', f'JobId={job.id}', 'TimeLimit=1')   # less than 90 s left: USR1 at once
     job.waiting()
+    assert job.status()['state']=='queued'
     cluster.ask('scontrol', 'update', f'JobId={job.id}', 'TimeLimit=20')
     (job.folder/'plan.json').write_text(json.dumps(dict(steps=400, seconds=.005)))
     job.again(); job.ended()
@@ -136,7 +138,7 @@ def test_what_was_cancelled_stays_so_and_can_be_taken_up(cluster, tmp_path, caps
     with pytest.raises(ValueError, match=f'job {job.id} already works on'): submit_step(job.cfg, 'pretrain')
     watch('cancel', str(job.folder))
     job.ended()
-    assert 'requeued' not in job.events() and run_status(job.folder, STEPS)['state']=='cancelled'
+    assert 'requeued' not in job.events() and job.status()['state']=='cancelled'
     reached = job.at()
     job.submit(); job.ended()
     assert job.results()==unbroken(60)
@@ -147,7 +149,7 @@ def test_a_failure_ends_all_processes_and_is_not_requeued(cluster, tmp_path, cap
     job = Job(cluster, tmp_path, 'slurm_nodes = 2', steps=10_000, fail_at=5)
     job.ended(30)
     assert job.events()==['start','failed']
-    status = run_status(job.folder, STEPS)
+    status = job.status()
     assert status['state']=='failed' and 'mem_nb pretrain: loss nan at step 5' in status['why']
     watch('logs', str(job.folder), n=50)
     assert 'loss nan' in capsys.readouterr().out
@@ -176,7 +178,7 @@ def test_one_element_of_an_array_fails_and_the_others_do_not(cluster, tmp_path, 
     submit_sweep(found)
     sweep = tmp_path/'some-sweep'
     cluster.wait(lambda: noted_jobs(sweep) and not live_jobs(sweep) and not any(live_jobs(cfg.folder) for cfg,_ in found), 'the array to end', 60)
-    assert [run_status(cfg.folder, STEPS)['state'] for cfg,_ in found]==['done','failed','done']
+    assert [run_status(cfg.folder, STEPS, 1, {})['state'] for cfg,_ in found]==['done','failed','done']
     with pytest.raises(FileNotFoundError, match='nowhere'): command('sweep', 'nowhere.conf', slurm=True)
     command('sweep', str(tmp_path/'x.conf'), ['seed=0,1,2'], table=True)
     assert 'some-seed_1: failed' in capsys.readouterr().out
@@ -198,7 +200,7 @@ def test_the_code_of_a_queued_job_is_that_of_its_submission(cluster, tmp_path):
 
 def test_the_real_training_on_two_nodes_is_interrupted_and_ends_as_an_unbroken_one(cluster, tmp_path):
     (tmp_path/'broken').mkdir()
-    text = 'slurm_nodes = 2\nslurm_container = \nslurm_setup = export MASTER_ADDR=127.0.0.1 GLOO_SOCKET_IFNAME=lo\nvae_epochs = 30\nnum_digits = 60\nlog_every = 1\nsave_minutes = 60\nvae_save_ckpt_freq = 100'
+    text = 'slurm_nodes = 2\nslurm_container = \nslurm_setup = export MASTER_ADDR=127.0.0.1 GLOO_SOCKET_IFNAME=lo\nvae_epochs = 8\nnum_digits = 60\nlog_every = 1\nsave_minutes = 60\nvae_save_ckpt_freq = 100'
     text += f'\ndata_path = {tmp_path}/digits\nstore_path = {tmp_path}/store'
     whole = Job(cluster, tmp_path/'whole', text, 'tokenizer', TINY); whole.ended(120)
     broken = Job(cluster, tmp_path/'broken', text, 'tokenizer', TINY); broken.begun(5)
