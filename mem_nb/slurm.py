@@ -137,7 +137,7 @@ def ask_slurm(
     if not shutil.which(words[0]): raise OSError(f"there is no {words[0]} on this machine; this needs a login node of a SLURM cluster. Without --slurm the same command computes here, and --dry-run only writes the script")
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode==0: return done.stdout.strip()
-    said = ' '.join(re.sub(r'^\w+: (error: )?', '', l) for l in done.stderr.splitlines() if not l.startswith('Try '))
+    said = '; '.join(re.sub(r'^\w+: (error: )?', '', l) for l in done.stderr.splitlines() if not l.startswith('Try '))
     raise ValueError(f"{words[0]} says: {said or 'nothing'}")
 
 def submit(

@@ -14,9 +14,9 @@ for s in (signal.SIGUSR1, signal.SIGTERM): signal.signal(s, lambda number,_: ask
 
 state = folder/'last'/f'rank{rank}.json'
 at,value = json.loads(state.read_text()) if state.exists() else (0, f'seed {rank}')
-# every rank stops at the same step: the first that is asked says so on disk, as an all-reduce would
-def ask_all(n): (folder/'last'/'stop').write_text(str(n))
-if rank==0: (folder/'last'/'stop').unlink(missing_ok=True)
+said = [folder/'last'/f'said{r}' for r in range(world)]   # a line a step: was this rank asked to stop? In place of an all-reduce
+said[rank].write_text('')
+begun = at
 if world>1:   # a rendezvous, so that none starts before all are there
     import socket
     address = (os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']))
@@ -30,7 +30,6 @@ if world>1:   # a rendezvous, so that none starts before all are there
             try: c = socket.create_connection(address, 1); break
             except OSError: time.sleep(.1)
         assert c.recv(2)==b'go'
-(folder/f'pid{rank}').write_text(str(os.getpid()))
 
 def save(): tmp = state.with_suffix('.tmp'); tmp.write_text(json.dumps([at, value])); tmp.replace(state)
 while at<steps:
@@ -40,9 +39,12 @@ while at<steps:
         with open(folder/'log.jsonl', 'a') as f: f.write(json.dumps(dict(step=at, steps=steps, loss=1/at, images_s=64/seconds, step_seconds=seconds, time=time.time()))+'\n')
     if at==plan.get('fail_at') and rank==world-1: sys.exit(f'mem_nb {step}: loss nan at step {at}')
     if at%10==0: save()
-    if asked: ask_all(at)
-    stop = folder/'last'/'stop'
-    if asked or stop.exists():
+    with open(said[rank], 'a') as f: f.write(f'{len(asked)>0:d}\n')
+    lines = [[] for _ in said]
+    while any(len(l)<at-begun for l in lines):
+        lines = [f.read_text().splitlines() for f in said]
+        if world>1: time.sleep(.005)
+    if any(l[at-begun-1]=='1' for l in lines):   # all at the same step
         save()
         print(f'asked to stop at step {at}; the same command continues', flush=True)
         time.sleep(.3*rank)   # ranks do not end together

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import slurm_cluster
 from conftest import TINY
-from mem_nb.config import parse_config
+from mem_nb.config import Stopped, parse_config
 from mem_nb.pipeline import command, watch
 from mem_nb.slurm import job_options, job_states, live_jobs, noted_jobs, submit_step, write_job
 from mem_nb.status import run_status
@@ -45,6 +45,33 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path/'file').write_text('')
     for where in (tmp_path/'file', '/proc/nowhere'):   # root may write into folders that are read-only
         with pytest.raises(OSError, match='cannot write into the run folder'): write_job(parse_config('', [f'runs_dir={where}']), 'run')
+
+def test_a_sweep_here_names_what_fails_and_goes_on(tmp_path, monkeypatch, capsys):
+    (tmp_path/'x.conf').write_text(f'runs_dir = {tmp_path}\nexpweek =\nexpname = some\n')
+    def pretend(cfg):
+        if cfg.run.seed==1: raise FloatingPointError('loss nan at step 3')
+        cfg.folder.mkdir()
+        (cfg.folder/'summary.json').write_text(json.dumps(dict(results=[dict(method='svm', n_labels=50, accuracy=.5+cfg.run.seed/10)])))
+    monkeypatch.setattr('mem_nb.pipeline.run', pretend)
+    with pytest.raises(ValueError, match='1 of 3 failed: some-seed_1'): command('sweep', str(tmp_path/'x.conf'), ['seed=0,1,2'])
+    said = capsys.readouterr().out
+    assert 'some-seed_1: FloatingPointError: loss nan at step 3' in said
+    assert re.search(r'svm +50 +2 +0.6000', said) and (tmp_path/'some-sweep'/'table.csv').is_file()
+
+def test_an_interruption_ends_a_sweep(tmp_path, monkeypatch):
+    (tmp_path/'x.conf').write_text(f'runs_dir = {tmp_path}\nexpweek =\n')
+    begun = []
+    def stopped(cfg): begun.append(cfg.run.seed); raise Stopped('asked to stop at step 3')
+    monkeypatch.setattr('mem_nb.pipeline.run', stopped)
+    with pytest.raises(Stopped): command('sweep', str(tmp_path/'x.conf'), ['seed=0,1'])
+    assert begun==[0]
+
+def test_a_failed_step_leaves_its_last_words(tmp_path):
+    (tmp_path/'x.conf').write_text(TINY + f'runs_dir = {tmp_path}\nexpweek =\ndata_path = {tmp_path}/nowhere\ndata_set = folder')
+    text = (tmp_path/'x.conf').read_text().replace('data_set = digits\n', '', 1); (tmp_path/'x.conf').write_text(text)
+    with pytest.raises(OSError): command('tokenizer', str(tmp_path/'x.conf'))
+    assert run_status(tmp_path/'run', ['tokenizer'])['state']=='failed'
+    assert 'nowhere' in run_status(tmp_path/'run', ['tokenizer'])['why']
 
 # ---- with one
 @pytest.fixture(scope='session')
