@@ -67,11 +67,10 @@ def test_an_interruption_ends_a_sweep(tmp_path, monkeypatch):
     assert begun==[0]
 
 def test_a_failed_step_leaves_its_last_words(tmp_path):
-    (tmp_path/'x.conf').write_text(TINY + f'runs_dir = {tmp_path}\nexpweek =\ndata_path = {tmp_path}/nowhere\ndata_set = folder')
-    text = (tmp_path/'x.conf').read_text().replace('data_set = digits\n', '', 1); (tmp_path/'x.conf').write_text(text)
-    with pytest.raises(OSError): command('tokenizer', str(tmp_path/'x.conf'))
-    assert run_status(tmp_path/'run', ['tokenizer'])['state']=='failed'
-    assert 'nowhere' in run_status(tmp_path/'run', ['tokenizer'])['why']
+    (tmp_path/'x.conf').write_text(f'runs_dir = {tmp_path}\nexpweek =\ndata_path = {tmp_path}/nowhere')
+    with pytest.raises(OSError): command('prepare', str(tmp_path/'x.conf'))
+    status = run_status(tmp_path/'run', ['prepare','tokenizer'])
+    assert status['state']=='failed' and 'nowhere' in status['why']
 
 # ---- with one
 @pytest.fixture(scope='session')
