@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['launch']
 
-# %% ../nbs/08c_processes.ipynb #d160afb0
+# %% ../nbs/08c_processes.ipynb #9323dd82
 import logging, os, pickle, socket, sys, tempfile
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from .config import process_rank
 from . import train as training
 
-# %% ../nbs/08c_processes.ipynb #a69c2413
+# %% ../nbs/08c_processes.ipynb #2226c41d
 def _free_port():
     "A port that nobody listens at."
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
