@@ -12,12 +12,13 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 import torch
 from common import machine, record, table, write
-from mem_nb.pipeline import run_step
 from mem_nb.config import parse_config
+from mem_nb.datasets import prepared
+from mem_nb.pipeline import run_step
 from mem_nb.processes import launch
 from mem_nb.state import has_state, is_done, sound_state
 from mem_nb.train import Trainer
-import mem_nb.datasets, mem_nb.finetune, mem_nb.pretrain, mem_nb.tokenizer   # imported once, for all forks
+import mem_nb.finetune, mem_nb.pretrain, mem_nb.tokenizer   # imported once, for all forks
 
 STEPS = ('tokenizer','pretrain','finetune')
 CONF = """
@@ -75,11 +76,12 @@ def follow(place):
         if self.acc.is_main_process: place.tell(self.folder, self.state.step)
     Trainer._step = _step
 
+def configured(name, root): return parse_config(CONF, [f'expname={name}', f'runs_dir={root}/runs', f'data_path={root}/digits'])
+
 def steps(name, root):
     "All training steps of one run."
     torch.set_num_threads(1)
-    cfg = parse_config(CONF, [f'expname={name}', f'runs_dir={root}/runs', f'data_path={root}/digits'])
-    for step in STEPS: run_step(cfg, step)
+    for step in STEPS: run_step(configured(name, root), step)
 
 def begin(name, root, processes):
     "The run in a process group of its own; gives its id."
@@ -106,6 +108,11 @@ def kill(pid):
     try: os.killpg(pid, signal.SIGKILL)
     except ProcessLookupError: os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
+    end = time.time()+5
+    while time.time()<end:          # the others of the tree take a moment to be gone
+        try: os.killpg(pid, 0)
+        except ProcessLookupError: break
+        time.sleep(.01)
 
 def lost(place):
     "Where the kill fell, and how many steps have to be done again."
@@ -129,6 +136,7 @@ def soak(
     "Kill and continue; raises RuntimeError where a run ends by itself with an error."
     chance,place,began = random.Random(seed),Place(),time.time()
     follow(place)
+    prepared(configured('whole', root))                    # simulated and packed once; the training is what is killed
     if wait(begin('whole', root, processes)): raise RuntimeError(f"the unbroken run failed: {(root/'log').read_text()[-2000:]}")
     start = time.time()
     if wait(begin('again', root, processes)): raise RuntimeError('the second run failed')
@@ -139,7 +147,7 @@ def soak(
         while not done:
             place.forget()
             pid = begin(name, root, processes)
-            status = wait(pid, chance.uniform(0, .6*length) if len(fell)<kills else None)
+            status = wait(pid, chance.uniform(0, length/6) if len(fell)<kills else None)
             if status is None: kill(pid); fell.append(lost(place))
             elif status: raise RuntimeError(f"{name} failed: {(root/'log').read_text()[-2000:]}")
             else: done = True

@@ -1,5 +1,5 @@
 "Many processes: they take the steps of one, stop together, and continue to the weights of an unbroken run."
-import errno, json, os, re, subprocess, sys, time
+import errno, json, os, re, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest, torch
 from conftest import ROOT
@@ -88,9 +88,8 @@ def scenes(out):
                 warnings.simplefilter('always')
                 command('pretrain', 'x.conf', words(name, settings))
             return [str(w.message) for w in found]
-        began = time.time()
-        try: return dict(warned=launch(work, 2), seconds=time.time()-began)
-        except RuntimeError as e: return dict(error=str(e), seconds=time.time()-began, step=read_state(state(name))['step'] if state(name).exists() else 0)
+        try: return dict(warned=launch(work, 2))
+        except RuntimeError as e: return dict(error=str(e), step=read_state(state(name))['step'] if state(name).exists() else 0)
     def grumble(): raise ValueError('no more coffee')
     often = ['pt_save_ckpt_freq=1']             # does not decide the result
     told['killed'] = run('killed', 9, send(signal.SIGKILL), 1, often); told['killed_lock'] = Path('runs/killed/.pretrain.lock').exists(); run('killed')
@@ -168,7 +167,7 @@ def told(folder):
 
 def test_kill_9_of_one_process_ends_both_and_the_same_command_continues(folder, told):
     assert 'process 1 of 2' in told['killed']['error'] and 'SIGKILL' in told['killed']['error']
-    assert told['killed']['step']==8 and told['killed']['seconds']<25       # saved every four steps; torch's own patience is 30 s
+    assert told['killed']['step']==8       # saved every four steps
     assert final(folder, 'killed')==final(folder, 'two_tokens')
 
 def test_a_signal_to_all_or_to_one_loses_nothing_and_a_damaged_state_is_replaced(folder, told):
@@ -179,7 +178,7 @@ def test_a_signal_to_all_or_to_one_loses_nothing_and_a_damaged_state_is_replaced
     assert final(folder, 'usr1')==final(folder, 'two_tokens')
 
 def test_an_error_in_one_process_ends_both_with_its_words(told):
-    assert told['error']['error']=='process 1 of 2: ValueError: no more coffee' and told['error']['seconds']<25
+    assert told['error']['error']=='process 1 of 2: ValueError: no more coffee'
 
 def test_a_folder_in_use_names_the_process_that_holds_it(told):
     assert f"process {told['held_pid']} on " in told['held']['error'] and 'is training in runs/held/pretrain; wait for it' in told['held']['error']
