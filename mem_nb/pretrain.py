@@ -157,7 +157,7 @@ class TokenTask(HiddenTask):
         "Loss and accuracies of one batch, beside the share of the batch's own commonest token."
         tokens,filled = frozen_tokens(self.vae, frames),filled_patches(frames, mask)
         scores = {f'masked_accuracy{end}':masked_accuracy(logits, tokens, mask, f) for end,f in (('',None), ('_filled',filled))}
-        scores |= {f'commonest{end}':commonest_share(tokens[mask], f) for end,f in (('',None), ('_filled',filled))}
+        scores |= {f'commonest{end}':commonest_share(tokens[mask], f, self.vae.num_tokens) for end,f in (('',None), ('_filled',filled))}
         return masked_loss(logits, tokens, mask, self.counts(frames, mask)), scores
 
     def tally(self, logits, frames, mask):

@@ -30,6 +30,7 @@ class RunConfig:
     num_workers:int = 0        # processes that read batches; 0 reads in the training process
     prepare_workers:int = 0    # processes that prepare recordings; 0: one a core
     save_minutes:float = 10.   # longest time between two saved training states
+    allow_changes:bool = False # continue a step that was begun with other settings; they are printed
     log_every:int = 20         # steps between two lines of log.jsonl
     wandb:bool = False         # also log to wandb (offline without a login)
 

@@ -96,11 +96,14 @@ def check_settings(
     old:dict,         # settings that the folder was begun with
     new:dict,         # settings asked for now
     where:str|Path,   # file or folder, for the error
+    allow:bool=False, # only say what differs
 ):
-    "Raise ValueError naming each setting that differs."
+    "Raise ValueError naming each setting that differs, or print them where that is allowed."
     was = {k:f.default for k,(_,f) in conf_keys().items() if k in new} | old   # a key may have come after the folder was begun
     differ = [f'{k} was {was.get(k)!r}, is now {new.get(k)!r}' for k in sorted({*was,*new}) if was.get(k)!=new.get(k)]
-    if differ: raise ValueError(f"{where} was made with other settings: {'; '.join(differ)}. Give this run another expname, or remove that folder")
+    told = f"{where} was made with other settings: {'; '.join(differ)}"
+    if differ and allow: print(f"{told}. allow_changes = 1: it goes on with those of now; what is finished stays", flush=True)
+    elif differ: raise ValueError(f"{told}. Give this run another expname, or remove that folder; allow_changes = 1 continues it")
 
 # %% ../nbs/08_state.ipynb #d6eb2d24
 def _before(path): return Path(path).with_name('before.pt')
@@ -143,12 +146,14 @@ class TrainingState:
             torch.save(dict(state, step=self.step, seconds=self.seconds, sums=sums, settings=settings), tmp)
             if Path(path).exists(): os.replace(path, _before(path))     # only now, when the new one is written
 
-    def load(self, path, settings):
+    def load(self, path, settings, allow=False):
         "Read a state written by `save`, or the one before where it is damaged; raises ValueError where neither is sound, or settings differ."
         d = sound_state(path)
-        check_settings(d['settings'], settings, path)
+        check_settings(d['settings'], settings, path, allow)
+        now = [{k:v for k,v in g.items() if k!='params'} for g in self.optimizer.param_groups]
         for k in self.parts:
             if getattr(self,k) is not None: getattr(self,k).load_state_dict(d[k])
+        for group,new in zip(self.optimizer.param_groups, now): group.update(new)     # weight decay and betas are settings, not state
         self.step,self.seconds,self.sums = d['step'],d['seconds'],d['sums']
 
     def add(self, new):
@@ -190,10 +195,10 @@ def is_done(folder) -> bool:
     "A step is done when its final weights and metrics exist."
     return all((Path(folder)/f'final.{end}').is_file() for end in ('safetensors','json'))
 
-def final_metrics(folder, settings:dict=None) -> dict:
+def final_metrics(folder, settings:dict=None, allow:bool=False) -> dict:
     "The metrics of a finished step; raises ValueError where it was made with other settings than these."
     final = json.loads((Path(folder)/'final.json').read_text())
-    if settings is not None: check_settings(final['settings'], settings, folder)
+    if settings is not None: check_settings(final['settings'], settings, folder, allow)
     return final['metrics']
 
 def finish(

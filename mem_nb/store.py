@@ -92,10 +92,10 @@ def locked(
     doing:str,    # what this process does with it, for whoever comes second
 ):
     "Nobody else does this to the folder; the lock goes with the process, however it ends. OSError names the process that holds it."
-    folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.with_name(f'.{folder.name}.lock')
     while True:
-        f = open(path, 'a+')
+        try: folder.parent.mkdir(parents=True, exist_ok=True); f = open(path, 'a+')
+        except OSError as e: raise OSError(e.errno, f"cannot write in {folder.parent}: {e.strerror}; {doing} {folder.name} needs that") from None
         try: fcntl.lockf(f, fcntl.LOCK_EX|fcntl.LOCK_NB)     # not inherited by workers
         except (BlockingIOError, PermissionError):
             f.seek(0)

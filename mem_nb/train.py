@@ -197,7 +197,7 @@ class Trainer:
     def fit(self):
         "Train, or continue, to the end; gives the final metrics."
         self.folder = Path(self.folder)
-        if is_done(self.folder): return final_metrics(self.folder, self.settings)
+        if is_done(self.folder): return final_metrics(self.folder, self.settings, self.run.allow_changes)
         with locked(self.folder, 'training in') if process_rank()[0]==0 else nullcontext(), listening() as self.asked:
             self._start()
             self._train()
@@ -241,7 +241,8 @@ def _start(self:Trainer):
     self.loss,optimizer = self.acc.prepare(Loss(self.model.train(), self.loss_fn), self.optimizer)
     ema = ModelEmaV3(self.model, decay=self.ema_decay, use_warmup=True) if self.ema_decay else None
     self.state,self.file,self.metrics = TrainingState(self.model, optimizer, ema, self.acc.scaler),self.folder/'last'/'state.pt',{}
-    if has_state(self.file): self.state.load(self.file, self.settings)
+    if has_state(self.file): self.state.load(self.file, self.settings, self.run.allow_changes)
+    if self.state.step>=self.steps: raise ValueError(f"{self.file} is of step {self.state.step}, these settings end at {self.steps}; take another expname")
     self.acc.wait_for_everyone()                  # before the first of them changes the folder
     if self.acc.is_main_process: rewind_log(self.folder, self.state.step)
     if self.run.wandb and self.acc.is_main_process: _start_wandb(self.acc, self.folder, self.run, self.settings, self.desc)

@@ -193,3 +193,23 @@ def test_a_compiled_model_keeps_the_names_of_its_weights(monkeypatch):
     names = list(model.state_dict())
     assert compile_model(model) and list(model.state_dict())==names and model._compiled_call_impl is not None
     assert list(deepcopy(model).state_dict())==names
+
+def test_changed_settings_go_on_where_that_is_allowed(tmp_path, capsys):
+    def dies(model, batch, step, generator):
+        if step==20: raise KeyboardInterrupt
+        return loss_fn(model, batch, step, generator)
+    def train(folder, loss_fn=loss_fn, steps=40, decay=.01, allow=False, settings=None):
+        torch.manual_seed(0)
+        model = nn.Linear(4,1)
+        fit(model, loss_fn, batches, steps, folder, opt := torch.optim.AdamW(model.parameters(), weight_decay=decay), lambda k: 1e-2,
+            RunConfig(device='cpu', log_every=4, allow_changes=allow), settings or {'pt_weight_decay':decay}, save_every=7)
+        return model,opt.param_groups[0]['weight_decay']
+    with pytest.raises(KeyboardInterrupt): train(tmp_path/'a', dies)
+    with pytest.raises(ValueError, match='pt_weight_decay was 0.01, is now 0.5.*allow_changes = 1'): train(tmp_path/'a', decay=.5)
+    with pytest.raises(ValueError, match='of step 14, these settings end at 10'): train(tmp_path/'a', steps=10, allow=True)
+    changed,used = train(tmp_path/'a', decay=.5, allow=True)
+    assert 'pt_weight_decay was 0.01, is now 0.5. allow_changes = 1' in capsys.readouterr().out
+    assert used==.5 and changed.weight.norm() < train(tmp_path/'b')[0].weight.norm()       # the new one acts
+    assert json.loads((tmp_path/'a'/'final.json').read_text())['settings']=={'pt_weight_decay':.5}
+    train(tmp_path/'a', decay=.1, allow=True)                                              # finished: stays as it is
+    assert 'what is finished stays' in capsys.readouterr().out
