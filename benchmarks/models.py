@@ -194,7 +194,6 @@ def models(args, name):
 # ---- precision
 DIGITS = """
     data_set = digits
-    data_path = digits
     num_digits = 600
     sensor_H = 34
     sensor_W = 34
@@ -215,7 +214,7 @@ def digit_frames():
     from mem_nb.datasets import prepared
     from mem_nb.store import EventStore
     with tempfile.TemporaryDirectory() as tmp:
-        cfg = parse_config(DIGITS, [f'runs_dir={tmp}', f'store_path={tmp}/store'])
+        cfg = parse_config(DIGITS, [f'runs_dir={tmp}', f'store_path={tmp}/store', f'data_path={tmp}/digits'])
         store = prepared(cfg)
         return [all_frames(EventStore(store, split), cfg.data) for split in ('train','val')]
 

@@ -7,8 +7,9 @@ __all__ = ['gumbel_noise', 'gumbel_weights', 'kl_to_uniform', 'usage_loss', 'usa
 
 # %% ../nbs/08c_codes.ipynb #f205f77b
 import math
-import torch, torch.nn.functional as F
+import torch, torch.distributed as dist, torch.nn.functional as F
 from torch import nn
+from torch.distributed.nn.functional import all_reduce
 from torch.utils.checkpoint import checkpoint
 
 # %% ../nbs/08c_codes.ipynb #2b179f0f
@@ -52,25 +53,28 @@ def usage_of(
     return (p*(p*len(p)+1e-12).log()).sum()
 
 # %% ../nbs/08c_codes.ipynb #1b1eb051
-def _few(x, k, most=None):
-    "`(B, width, h, w)` -> rows `(n, width)` of a few places each: so many that k numbers a place fit a cache, or a small part of a GPU."
-    return x.permute(0,2,3,1).flatten(0,2).split(most or max(1, 2**(26 if x.is_cuda else 21)//k))
+def _places(x, k): return max(1, 2**(26 if x.is_cuda else 21)//k)   # so many that k numbers a place fit a cache, or a small part of a GPU
 
 def best_codes(
     x:torch.Tensor,   # `(B, width, h, w)` what the encoder made of the frames
     head:nn.Conv2d,   # 1×1, scores the K codes
 ) -> torch.Tensor:    # `(B, h*w)` int64, row by row
     "The code with the largest score at each place; no probabilities are computed."
-    best = [F.linear(rows, head.weight.flatten(1), head.bias).argmax(1) for rows in _few(x, len(head.weight))]
+    best = [F.linear(rows, head.weight.flatten(1), head.bias).argmax(1) for rows in x.permute(0,2,3,1).flatten(0,2).split(_places(x, len(head.weight)))]
     return torch.cat(best).view(len(x), -1)
 
-def _draw(rows, head, codebook, temperature, straight_through, seed):
+def _draw(rows, head, codebook, temperature, straight_through, seeds):
     "Of a few places `(n, width)`: blends `(n, D)`, sum of the probabilities `(K,)`, sum of -entropy, best code `(n,)`."
     logits = F.linear(rows, head.weight.flatten(1), head.bias).float()
     log_q = logits.log_softmax(1)
-    q,generator = log_q.exp(),torch.Generator(rows.device).manual_seed(seed)
-    weights = gumbel_weights(logits, temperature, straight_through, generator).to(codebook.dtype)
+    q,each = log_q.exp(),(len(rows)//len(seeds), len(codebook))
+    noise = torch.cat([gumbel_noise(each, torch.Generator(rows.device).manual_seed(s), rows.device) for s in seeds])
+    weights = gumbel_weights(logits, temperature, straight_through, noise=noise).to(codebook.dtype)
     return weights@codebook, q.sum(0), (q*log_q).sum(), logits.argmax(1)
+
+def _mean_of_all(x):
+    "Mean over the processes that share a batch; its gradient reaches all of them."
+    return all_reduce(x)/dist.get_world_size()
 
 def draw_codes(
     x:torch.Tensor,                  # `(B, width, h, w)` what the encoder made of the frames
@@ -78,14 +82,19 @@ def draw_codes(
     codebook:torch.Tensor,           # `(K, D)`
     temperature:float=1.,            # see `gumbel_weights`
     straight_through:bool=False,     # see `gumbel_weights`
-    generator:torch.Generator=None,  # draws a seed for each few places
+    generator:torch.Generator=None,  # draws a seed for each frame, or part of a large one
     most:int=None,                   # places at a time; None: what fits a cache, or a small part of a GPU
+    own:tuple=None,                  # (slice, total): these frames are the slice of a batch of `total` that processes share
 ) -> tuple:                          # (blends `(B, D, h, w)`, dict of kl, usage, codes `(B, h*w)`)
-    "`gumbel_weights` and the two terms of the loss on its logits, in little memory."
-    (b,_,h,w),k = x.shape,len(codebook)
-    rows = _few(x, k, most)
-    seeds = torch.randint(2**62, (len(rows),), generator=generator, device=generator.device if generator else None).tolist()
-    once = lambda r,seed: checkpoint(_draw, r, head, codebook, temperature, straight_through, seed, use_reentrant=False, preserve_rng_state=False)
-    blends,q,neg_entropy,codes = zip(*map(once, rows, seeds))
-    terms = dict(kl=sum(neg_entropy)/b + h*w*math.log(k), usage=usage_of(sum(q)/(b*h*w)), codes=torch.cat(codes).view(b, -1))
+    "`gumbel_weights` and the two terms of the loss on its logits, in little memory; chance is the same however frames are shared."
+    (b,_,h,w),k,(mine,total) = x.shape,len(codebook),own or (slice(None),len(x))
+    part = next(n for n in range(min(h*w, most or _places(x, k)), 0, -1) if h*w%n==0)       # places with a seed of their own
+    many = max(1, (most or _places(x, k))//part)
+    where = dict(generator=generator, device=generator.device if generator else None)
+    seeds = torch.randint(2**62, (total, h*w//part), **where)[mine].flatten().tolist()
+    rows = x.permute(0,2,3,1).flatten(0,2).split(many*part)
+    once = lambda r,s: checkpoint(_draw, r, head, codebook, temperature, straight_through, s, use_reentrant=False, preserve_rng_state=False)
+    blends,q,neg_entropy,codes = zip(*[once(r, seeds[i*many:(i+1)*many]) for i,r in enumerate(rows)])
+    p = sum(q)/(b*h*w)
+    terms = dict(kl=sum(neg_entropy)/b + h*w*math.log(k), usage=usage_of(p if total==b else _mean_of_all(p)), codes=torch.cat(codes).view(b, -1))
     return torch.cat(blends).view(b, h, w, -1).permute(0,3,1,2), terms

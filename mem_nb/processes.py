@@ -25,6 +25,10 @@ def _bar(*args, disable=False, **kwargs):
     "A bar of letters, and only in a terminal: a fork cannot reach the notebook's widgets."
     return tqdm(*args, disable=disable or None, **kwargs)
 
+def _lost_another(failure):
+    "Did this process fail only because the one it was talking to did?"
+    return any(word in str(failure.message) for word in ('Connection closed by peer','Read error','Connection reset','remote worker'))
+
 def launch(
     function,           # called in every process
     num_processes:int,  # on this machine; with GPUs one each
@@ -43,7 +47,7 @@ def launch(
             logging.disable(logging.ERROR)      # the launcher calls CPUs "CUDAs", and shows every error three times
             with open(os.devnull, 'w') as nowhere, redirect_stdout(nowhere): notebook_launcher(work, (), num_processes, use_port=str(_free_port()))
         except ChildFailedError as e:
-            rank,failure = e.get_first_failure()
+            rank,failure = min(e.failures.items(), key=lambda f: (_lost_another(f[1]), f[1].timestamp))
             told = failure.message['message'] if isinstance(failure.message, dict) else failure.message
             raise RuntimeError(f"process {rank} of {num_processes}: {told}") from None
         finally: logging.disable(logging.NOTSET)

@@ -251,12 +251,13 @@ def _check_folder(folder, made):
         old = json.loads(note.read_text())
         if diff := [f'{k} {old.get(k)}, not {v}' for k,v in made.items() if old.get(k)!=v]:
             raise ValueError(f"{folder} was simulated with {'; '.join(diff)}: name another folder or delete it")
+        return
     folder.mkdir(parents=True, exist_ok=True)
     _write_whole(note, lambda path: path.write_text(json.dumps(made, indent=1)))
 
 def _write_whole(path, write):
     "Write a file under another name first, so that under its own it is whole or absent."
-    tmp = path.with_suffix('.tmp')
+    tmp = path.with_name(f'{path.stem}.{os.getpid()}.tmp')         # several processes may be at it
     try:
         write(tmp)
         os.replace(tmp, path)

@@ -122,10 +122,10 @@ class EventVAE(nn.Module):
         h,w = grid or self.grid or _square(tokens.shape[1])
         return self._decode(self.codebook(tokens).transpose(1,2).unflatten(2, (h,w)))
 
-    def forward(self, frames, temperature=1., straight_through=False, generator=None, noise=None, terms=False):
+    def forward(self, frames, temperature=1., straight_through=False, generator=None, noise=None, terms=False, own=None):
         "Gives reconstruction `(B, C, H, W)` and logits `(B, K, h, w)`; with `terms`, in little memory, those of `draw_codes` for logits."
         if terms:
-            blends,terms = draw_codes(self.features(frames), self.encoder[-1], self.codebook.weight, temperature, straight_through, generator)
+            blends,terms = draw_codes(self.features(frames), self.encoder[-1], self.codebook.weight, temperature, straight_through, generator, own=own)
             return self._decode(blends), terms
         logits = self.logits(frames)
         return self.decode_soft(gumbel_weights(logits, temperature, straight_through, generator, noise)), logits
@@ -193,9 +193,10 @@ def tokenizer_loss(
     kl_weight:float=1e-10,  # of `kl_to_uniform`
     usage_weight:float=2e-3,# of `usage_loss`
     straight_through:bool=False, # see `gumbel_weights`
+    own:tuple=None,         # see `draw_codes`
 ) -> tuple:                 # (loss, metrics)
     "Reconstruct, and keep the codes alive."
-    reconstruction,terms = vae(frames, temperature, straight_through, generator, terms=True)
+    reconstruction,terms = vae(frames, temperature, straight_through, generator, terms=True, own=own)
     recon,kl,usage = reconstruction_loss(reconstruction, frames, loss),terms['kl'],terms['usage']
     used = torch.bincount(terms['codes'].flatten()).count_nonzero()
     return recon + kl_weight*kl + usage_weight*usage, dict(recon=recon, kl=kl, usage=usage, codes_in_batch=used.float())
@@ -298,7 +299,7 @@ def tokenizer(
     warmth,lr_at = schedules(t, len(train), 'epoch_schedule' in d.original)
     terms = dict(loss=t.loss, kl_weight=t.kl_loss_weight, usage_weight=t.usage_weight, straight_through=t.straight_through)
     def loss(model, batch, step, generator):
-        total,metrics = tokenizer_loss(model, make_frames(batch, d, generator), warmth(step), generator, **terms)
+        total,metrics = tokenizer_loss(model, make_frames(batch, d, generator), warmth(step), generator, own=batch.own, **terms)
         return total,metrics | dict(perplexity_in_batch=t.num_tokens*(-metrics['usage']).exp())   # usage = log K − entropy
     batches = train_batches(train, None, t.batch_size, cfg.run.seed, d.slice_max_evs, cfg.run.num_workers)
     settings = step_settings(cfg, 'data', 'tokenizer', data_hash=train.data_hash, start_hash=t.checkpoint and weights_hash(start))

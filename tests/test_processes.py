@@ -135,7 +135,7 @@ def folder(tmp_path_factory):
         save_weights(build_tokenizer(load_config('x.conf')), 'vae.safetensors')
         for name,(step,settings) in CASES.items(): command(step, 'x.conf', words(f'one_{name}', settings))
     done = start(folder, 'words.py', ROOT/'tests', 'together', processes=2)
-    assert done.returncode==0, done.stderr[-3000:]
+    assert done.returncode==0, '\n'.join(l for l in done.stderr.splitlines() if 'rank1' not in l)[:6000]
     return folder
 
 def log_of(folder, name):
@@ -153,7 +153,6 @@ def test_two_processes_take_the_steps_of_one(folder, name):
     for a,b in zip(one, two):
         for k in set(kept) & a.keys(): assert b[k]==pytest.approx(a[k], rel=1e-5 if k=='loss' else 1e-4, abs=1e-7), (a['step'], k)
 
-@pytest.mark.xfail(strict=False, reason='each process draws its own Gumbel noise, and the usage term is a mean over its own frames')
 def test_two_processes_take_the_steps_of_one_in_the_tokenizer(folder):
     one,two = (log_of(folder, f'{n}_tokenizer') for n in ('one','two'))
     for a,b in zip(one, two):
