@@ -46,7 +46,7 @@ def frozen_tokens(
     vae:nn.Module,        # EventVAE
     frames:torch.Tensor,  # `(B, C, H, W)`
 ) -> torch.Tensor:        # `(B, N)` int64
-    "Tokens in the precision of the training: in bf16 about one in a hundred is another, equally good one."
+    "Tokens in the precision of the training: in bf16, where two codes are nearly level, it may be the other one."
     return vae.to(frames.device).tokens(frames)
 
 def masked_loss(
