@@ -8,6 +8,7 @@ __all__ = ['ENTRY', 'RANKS', 'BATCH', 'ABOUT', 'job_options', 'batch_text', 'sna
 
 # %% ../nbs/17_slurm.ipynb #f86fdb42
 import hashlib, json, os, re, shlex, shutil, subprocess, sys, time
+from contextlib import suppress
 from pathlib import Path
 import mem_nb
 from .config import Config, SlurmConfig, config_text
@@ -96,6 +97,7 @@ def snapshot(
     temporary = Path(folder)/f'{code.name}.{os.getpid()}.tmp'
     (temporary/'mem_nb').mkdir(parents=True, exist_ok=True)
     for f in files: shutil.copy2(f, temporary/'mem_nb')
+    with suppress(OSError): shutil.copytree(files[0].parent/'__pycache__', temporary/'mem_nb'/'__pycache__')   # loops that are compiled already
     try: temporary.rename(code)
     except OSError: shutil.rmtree(temporary)   # another process was first
     return code
