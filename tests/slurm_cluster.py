@@ -2,7 +2,7 @@
 
     python tests/slurm_cluster.py COMMAND …    # run COMMAND where sbatch reaches it, then stop it
 """
-import os, shutil, signal, socket, subprocess, sys, tempfile, time
+import ctypes, os, shutil, signal, socket, subprocess, sys, tempfile, time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -55,6 +55,10 @@ def free_ports(n):
     for s in socks: s.close()
     return ports
 
+def die_with_parent():
+    "Asked of the kernel by a daemon before it begins: TERM when whoever started it is gone, however that ended."
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)   # PR_SET_PDEATHSIG
+
 class Cluster:
     "Daemons of one SLURM, by name; `env` is what a client needs."
     def __init__(self, root):
@@ -69,7 +73,8 @@ class Cluster:
     def daemon(self, name, *command):
         "Start a daemon in the foreground of a session of its own."
         with open(self.root/f'{name}.out', 'ab') as out:
-            self.procs[name] = subprocess.Popen(command, env=self.env, stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True, cwd=self.root)
+            self.procs[name] = subprocess.Popen(command, env=self.env, stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True, cwd=self.root,
+                                                preexec_fn=die_with_parent)
 
     def start(self):
         "Up in some seconds; raises RuntimeError with the daemons' last words."

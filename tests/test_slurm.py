@@ -90,7 +90,7 @@ class Job:
         (self.folder/'plan.json').write_text(json.dumps(plan))
         self.submit()
     def submit(self): self.id = submit_step(self.cfg, self.step)
-    def state(self): return self.cluster.ask('squeue', '-h', '-j', self.id, '-o', '%T').strip()
+    def state(self): return job_states([self.id]).get(self.id, ('',))[0]
     def at(self): return run_status(self.folder, [self.step])['at'] or 0
     def status(self): return run_status(self.folder, [self.step], 1, job_states([self.id]))
     def history(self): return [json.loads(l) for l in (self.folder/'slurm'/'history.jsonl').read_text().splitlines()]
@@ -106,7 +106,7 @@ class Job:
             self.cluster.ask('scontrol', 'update', f'JobId={self.id}', 'StartTime=now')
             if self.state() not in ('PENDING',): return
             time.sleep(.5)
-    def ended(self, seconds=60): self.wait(lambda: not self.state(), 'the job to end', seconds)
+    def ended(self, seconds=60): self.wait(lambda: not self.state() and self.events()[-1:]!=['requeued'], 'the job to end', seconds)
     def results(self): return [(self.folder/'pretrain'/f'final{r}.txt').read_text() for r in range(self.cfg.slurm.nodes)]
 
 def unbroken(steps, ranks=1):
