@@ -257,7 +257,7 @@ def _check_folder(folder, made):
 
 def _write_whole(path, write):
     "Write a file under another name first, so that under its own it is whole or absent."
-    tmp = path.with_name(f'{path.stem}.{os.getpid()}.tmp')         # several processes may be at it
+    tmp = path.with_suffix('.tmp')
     try:
         write(tmp)
         os.replace(tmp, path)
