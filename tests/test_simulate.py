@@ -350,3 +350,10 @@ def test_sensor_of_another_size(tmp_path):
     for size in ((20,24), (48,40)):
         e = read_events(simulate_digits(tmp_path/str(size[0]), 1, size=size)[0])
         assert e['y'].max()<size[0] and e['x'].max()<size[1] and len(e)>300
+
+def test_processes_that_prepare_the_same_folder_do_not_disturb_each_other(tmp_path):
+    simulate_digits(tmp_path, 10)
+    note = tmp_path/'simulated.json'
+    before = note.stat().st_mtime_ns, note.stat().st_ino
+    simulate_digits(tmp_path, 10)                       # as every process of a training does: it looks, and writes nothing
+    assert before==(note.stat().st_mtime_ns, note.stat().st_ino) and not list(tmp_path.rglob('*.tmp'))
