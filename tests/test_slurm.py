@@ -102,6 +102,7 @@ class Job:
     def again(self):
         "A requeued job waits two minutes, unless it is told not to."
         self.waiting()
+        time.sleep(3)         # a start while the old one is being cleaned up is lost
         for _ in range(40):   # for some seconds it may still be cleaning up
             self.cluster.ask('scontrol', 'update', f'JobId={self.id}', 'StartTime=now')
             if self.state() not in ('PENDING',): return
@@ -224,6 +225,7 @@ def test_the_code_of_a_queued_job_is_that_of_its_submission(cluster, tmp_path):
     log = Path(noted_jobs(cfg.folder)[-1]['log']).read_text()
     assert 'this is the copy' in log and 'store ' in log, log
 
+@pytest.mark.skipif(not os.environ.get('MEM_NB_LONG'), reason='takes two to three minutes; MEM_NB_LONG=1 runs it')
 def test_the_real_training_on_two_nodes_is_interrupted_and_ends_as_an_unbroken_one(cluster, tmp_path):
     (tmp_path/'broken').mkdir()
     text = 'slurm_nodes = 2\nslurm_container = \nslurm_setup = export MASTER_ADDR=127.0.0.1 GLOO_SOCKET_IFNAME=lo\nvae_epochs = 8\nnum_digits = 60\nlog_every = 1\nsave_minutes = 60\nvae_save_ckpt_freq = 100'
