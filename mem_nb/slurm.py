@@ -40,7 +40,7 @@ BATCH = r"""#!/bin/bash
 {conf}
 dir=$(dirname "$conf")
 job=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}; job=${{job:-$SLURM_JOB_ID}}
-export PYTHONPATH={code} PYTHONUNBUFFERED=1 TQDM_DISABLE=1 OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK
+export PYTHONPATH={code} PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 TQDM_DISABLE=1 OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK
 export conf stopped="$dir/stopped-$job"
 rm -f "$stopped"
 {ranks}{setup}
