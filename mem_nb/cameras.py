@@ -147,7 +147,7 @@ def decode_evt2(words, head, state, x, y, t, p):
                 if mask & 1:
                     x[n],y[n],t[n],p[n] = column,word & 0x7ff,high<<6 | word>>22 & 63,kind==1
                     n += ONE
-                mask >>= 1; column += ONE
+                mask >>= 1; column += 1
         elif kind==8:
             low = word & 0xfffffff
             turns = high>>28 if high>=0 else 0
@@ -233,7 +233,7 @@ def decode_evt3(words, state, x, y, t, p):
                 if mask & 1:
                     x[n],y[n],t[n],p[n] = column,row,time,sign==1
                     n += ONE
-                mask >>= 1; column += ONE
+                mask >>= 1; column += 1
             base += 12 if kind==4 else 8              # the next vector begins where this one ends
         i += ONE
     state[:] = time,row,base,sign
