@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
 from .events import unpack_events
-from .pack import Window, file_hash, write_split, write_whole
+from .pack import Window, done_groups, file_hash, write_split, write_whole
 
 # %% ../nbs/04c_store.ipynb #9c6f8f17
 VERSION = 3  # of the store's layout
@@ -181,7 +181,7 @@ def _fill_store(sources, aside, size, given, window, workers, facts):
     write_whole(aside/'manifest.json', json.dumps(manifest, indent=1))
     return manifest
 
-# %% ../nbs/04c_store.ipynb #37cbb4ae
+# %% ../nbs/04c_store.ipynb #6aa75637
 def _share(sources, part, parts): return slice(len(sources)*(part-1)//parts, len(sources)*part//parts)
 
 def write_part(
