@@ -12,7 +12,7 @@ check() { # title, remedy, command …
   printf '\n== %s\n' "$title"
   if "$@"; then echo "good"; else echo "NOT GOOD: $remedy"; failed="$failed$title; "; fi
 }
-exports()   { (cd "$copy" && nbdev_export) && diff -ru -x __pycache__ "$copy/mem_nb" mem_nb; }
+exports()   { (cd "$copy" && nbdev_export) && diff -ru -x __pycache__ -x py.typed "$copy/mem_nb" mem_nb; }
 clean()     { (cd "$copy" && nbdev_clean) && diff -rq -x .last_checked nbs "$copy/nbs"; }
 notebooks() { OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --timing; }  # two workers share two cores
 
