@@ -21,6 +21,7 @@ check "mem_nb/ is what the notebooks export" "run 'make export'"                
 check "the notebooks are clean"              "run '.venv/bin/nbdev_clean'"         clean
 check "README.md is what the index shows"    "run 'make readme'"                   python scripts/readme.py --check
 check "the notebooks run and their tests pass" "see the notebook's message above"  notebooks
+check "the documentation builds, no link is dead, every name is documented" "see the lines above" python scripts/docs.py
 
 [ -z "$failed" ] || printf '\nNOT GOOD before pytest: %s\n' "$failed"
 printf '\n== pytest\n'
