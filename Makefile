@@ -6,7 +6,7 @@ READY := .venv/.installed
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test export notebooks readme clean
+.PHONY: help setup demo test export notebooks readme docs clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -32,6 +32,9 @@ notebooks: $(READY) ## run every notebook and store its outputs (NAMES=nbs/05_fr
 
 readme: $(READY) ## write README.md and its pictures from nbs/index.ipynb
 	@$(BIN)/python scripts/readme.py
+
+docs: $(READY) ## build the documentation in _docs/ from the notebooks, and check its links
+	@$(BIN)/python scripts/docs.py
 
 clean: ## remove what is made again in seconds; .venv and runs stay
 	@rm -rf _docs _proc .pytest_cache wandb build

@@ -74,7 +74,8 @@ def find_conf(
     conf:str,  # as given
 ) -> Path:
     "A configuration file, from here or from the project's own; raises FileNotFoundError."
-    for p in (Path(conf), Path(import_module('mem_nb').__file__).parents[1]/conf):
+    here = Path(import_module('mem_nb').__file__).parent   # an installed package holds configs/, a checkout has it beside the package
+    for p in (Path(conf), here.parent/conf, here/conf):
         if p.is_file(): return p
     raise FileNotFoundError(f"no configuration file {conf!r}; the project's own lie in configs/")
 

@@ -12,7 +12,7 @@ check() { # title, remedy, command …
   printf '\n== %s\n' "$title"
   if "$@"; then echo "good"; else echo "NOT GOOD: $remedy"; failed="$failed$title; "; fi
 }
-exports()   { (cd "$copy" && nbdev_export) && diff -ru -x __pycache__ "$copy/mem_nb" mem_nb; }
+exports()   { (cd "$copy" && nbdev_export) && diff -ru -x __pycache__ -x py.typed "$copy/mem_nb" mem_nb; }
 clean()     { (cd "$copy" && nbdev_clean) && diff -rq -x .last_checked nbs "$copy/nbs"; }
 notebooks() { OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --timing; }  # two workers share two cores
 
@@ -21,6 +21,7 @@ check "mem_nb/ is what the notebooks export" "run 'make export'"                
 check "the notebooks are clean"              "run '.venv/bin/nbdev_clean'"         clean
 check "README.md is what the index shows"    "run 'make readme'"                   python scripts/readme.py --check
 check "the notebooks run and their tests pass" "see the notebook's message above"  notebooks
+check "the documentation builds, no link is dead, every name is documented" "see the lines above" python scripts/docs.py
 
 [ -z "$failed" ] || printf '\nNOT GOOD before pytest: %s\n' "$failed"
 printf '\n== pytest\n'

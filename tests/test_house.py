@@ -6,7 +6,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not re.search(r'/[._]', f'/{p.relative_to(ROOT)}'))
-NUMBERED = [p for p in NOTEBOOKS if re.match(r'\d\d[a-z]?_', p.name)]
+NUMBERED = [p for p in NOTEBOOKS if p.parent.name=='nbs' and re.match(r'\d\d[a-z]?_', p.name)]
+TUTORIALS = [p for p in NOTEBOOKS if p.parent.name=='tutorials']
 MODULES = sorted(p for p in (ROOT/'mem_nb').glob('*.py') if p.name[0]!='_')
 def number(path): return path.stem.partition('_')[0]   # '02' < '02b' < '03', as text sorts
 def module(path): return path.stem.partition('_')[2]
@@ -106,12 +107,21 @@ def test_notebooks_show_and_tell(path):
     assert words >= 150, f"{path.name}: {words} words of prose"
     assert kinds & {'image/png', 'image/svg+xml'}, f"{path.name}: no stored picture; `make notebooks` stores them"
 
+@each(TUTORIALS)
+def test_tutorials_tell_and_show_and_export_nothing(path):
+    words = sum(len(c['source'].split()) for c in cells(path) if c['cell_type']=='markdown')
+    kinds = {kind for o in outputs(path) for kind in o.get('data', {})}
+    assert re.match(r'# .+\n+> .+', cells(path)[0]['source']), f"{path.name} should open with a title and a subtitle"
+    assert words >= 150, f"{path.name}: {words} words of prose"
+    assert kinds & {'image/png', 'image/svg+xml'}, f"{path.name}: no stored picture; `make notebooks` stores them"
+    assert not exported(path) and not any('default_exp' in c['source'] for c in code(path)), f"{path.name} exports"
+
 @each(NOTEBOOKS)
 def test_no_stored_errors(path):
     assert not [o['ename'] for o in outputs(path) if o['output_type']=='error']
 
 # ---- everything
-PLACES = '*.md *.ini *.py Makefile nbs/**/*.ipynb mem_nb/*.py configs/**/*.conf tests/*.py scripts/* benchmarks/* .ci/*'
+PLACES = '*.md *.txt *.ini *.py Makefile docs/**/*.md docs/*.py nbs/**/*.ipynb mem_nb/*.py configs/**/*.conf tests/*.py scripts/* benchmarks/* .ci/*'
 TEXTS = [p for place in PLACES.split() for p in sorted(ROOT.glob(place)) if p.is_file()]
 PICTURE = re.compile(r'"image/png": (?:"[^"]*"|\[[^]]*\])|base64,[A-Za-z0-9+/=\\n]+')
 # a path that only one machine has
