@@ -72,7 +72,7 @@ def predict(
                                     for b in eval_batches(store, indices, batch_size, data.slice_max_evs, start)])
     return sum(said(u) for u in (np.linspace(0, 1, slices) if slices>1 else [.5]))/slices
 
-# %% ../nbs/13_finetune.ipynb #e08255af
+# %% ../nbs/13_finetune.ipynb #a5d611b9
 def mix_frames(
     frames:torch.Tensor,  # `(B, C, H, W)`
     labels:torch.Tensor,  # `(B,)` classes
@@ -92,7 +92,7 @@ def class_weights(
     counts = np.bincount(labels, minlength=num_classes)
     return torch.tensor(np.where(counts, len(labels)/np.maximum(counts, 1)/(counts>0).sum(), 0), dtype=torch.float32)
 
-# %% ../nbs/13_finetune.ipynb #a01029bb
+# %% ../nbs/13_finetune.ipynb #25047491
 def pretrained_path(cfg):
     "The pretrained weights that finetuning starts from."
     if cfg.finetune.checkpoint: return Path(cfg.finetune.checkpoint)
@@ -120,7 +120,7 @@ def finetune_config(
     c = cfg.finetune
     return replace(cfg, data=replace(cfg.data, input_H=c.input_H, input_W=c.input_W)) if c.input_H else cfg
 
-# %% ../nbs/13_finetune.ipynb #9e1dc908
+# %% ../nbs/13_finetune.ipynb #78857a7d
 class Best:
     "Keeps the best weights so far beside the state; after an interruption it looks at its own file first."
     def __init__(self, folder, judge, settings): self.file,self.judge,self.settings = Path(folder)/'best.safetensors',judge,settings
@@ -180,7 +180,7 @@ def finetune_settings(cfg, store, method, labels, seed):
     start = weights_hash(cfg.pretrain.checkpoint if rgb_start(cfg) else pretrained_path(cfg)) if before else ''
     return step_settings(cfg, 'data', *before, 'encoder', 'finetune', data_hash=store.data_hash, start_hash=start, method=method, label_count=str(labels), finetune_seed=seed)
 
-# %% ../nbs/13_finetune.ipynb #c9bb11e3
+# %% ../nbs/13_finetune.ipynb #a87d9ad3
 def _loss(c, data, num_classes, weight):
     "The loss of a training step, with what `class_mixup`, `class_cutmix` and `class_balanced` ask for."
     def loss(model, batch, step, generator):
@@ -202,7 +202,7 @@ def _judges(c, train, val, data, chosen, seed, folder, settings):
     best = Best(folder, judge, settings)
     return chosen[~aside],best.look,best.choose
 
-# %% ../nbs/13_finetune.ipynb #3291e837
+# %% ../nbs/13_finetune.ipynb #fe604fb8
 def finetune_one(
     cfg:Config,          # configuration
     train:EventStore,    # labels are drawn from it
