@@ -114,7 +114,8 @@ def headline(table, gain):
 # %% ../nbs/15_evaluate.ipynb #14bc0795
 def run_tokenizer(cfg):
     "The tokenizer of a run, or None."
-    try: return None if cfg.pretrain.mae else load_tokenizer(cfg).to(pick_device(cfg.run.device))
+    if cfg.pretrain.mae or cfg.tokenizer.skip and not cfg.tokenizer.checkpoint: return None
+    try: return load_tokenizer(cfg).to(pick_device(cfg.run.device))
     except FileNotFoundError: return None
 
 def some_frames(store, data, most=512):
