@@ -10,10 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 import json, matplotlib.pyplot as plt, numpy as np
 from .config import Config, save_config
-from .evaluate import evaluate, show_gain
+from .datasets import prepared
+from .evaluate import show_gain, summarise
 from .finetune import finetune
 from .metrics import paired_gain
 from .pretrain import pretrain
+from .state import write_json
+from .store import EventStore
 from .tokenizer import tokenizer
 from .viz import LINES, show_label_curve, style
 
@@ -50,13 +53,15 @@ def source_config(
 def run_arm(
     cfg:Config,   # from `arm_config` or `source_config`
 ) -> dict:        # the summary; empty where nothing is finetuned
-    "The steps of one arm; what is finished is read from disk."
+    "The steps of one arm; what is finished is read from disk. Its report is written when it is first compared, or by `evaluate`."
     if not cfg.tokenizer.skip and not cfg.pretrain.mae: tokenizer(cfg)
     if not cfg.pretrain.skip: pretrain(cfg)
     save_config(cfg, cfg.folder/'run.conf')
     if not cfg.finetune.methods: return {}
     finetune(cfg)
-    return evaluate(cfg)
+    summary = summarise(cfg, EventStore(folder := prepared(cfg)), EventStore(folder, 'val'))
+    write_json(summary, cfg.folder/'summary.json')
+    return summary
 
 def arm_records(
     summaries:dict,  # arm -> summary

@@ -228,8 +228,8 @@ def _mistake_section(cfg, summary, val):
     said,data = answers(cfg, r, val),finetune_config(cfg).data
     bad,logs = worst(said, val.labels),read_log(cfg.folder/'finetune'/run_name(r['method'], r['labels'], r['seed']))
     return html_section('What is taken for what', f"One classifier ({METHOD_NAMES[r['method']]}, {r['n_labels']:,} labels, seed {r['seed']}), split {val.split_hash}, labels {r['subset_hash']}.",
-                        html_picture(show_confusion(confusion(cfg, r, val, said), val.classes), 'Confusion matrix'),
-                        html_picture(show_reliability(said, val.labels), 'Calibration'),
+                        xml.Div(xml.Div(html_picture(show_confusion(confusion(cfg, r, val, said), val.classes), 'Confusion matrix')),
+                                xml.Div(html_picture(show_reliability(said, val.labels), 'Calibration')), cls='two'),
                         html_picture(show_worst(val, data, said, bad['confident'], 'Sure and wrong, the surest first'), 'Most confident wrong answers'),
                         html_picture(show_worst(val, data, said, bad['hardest'], 'Hardest: least was left for the true class'), 'Hardest recordings'),
                         html_picture(curves_figure(logs, PANELS['finetune']), 'Training curves, finetune'))

@@ -17,7 +17,7 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 from torchvision.transforms import v2
 from .config import Config, load_config
-from .store import EventStore
+from .store import EventStore, split_hash
 from .datasets import prepared, store_path
 from .data import eval_batches, make_frames, num_steps, train_batches
 from .metrics import accuracy_metrics
@@ -178,7 +178,8 @@ def finetune_settings(cfg, store, method, labels, seed):
     "What decides the result of one finetuning; pretraining counts only where it is used."
     before = ('tokenizer','pretrain') if method=='pretrained' else ()
     start = weights_hash(cfg.pretrain.checkpoint if rgb_start(cfg) else pretrained_path(cfg)) if before else ''
-    return step_settings(cfg, 'data', *before, 'encoder', 'finetune', data_hash=store.data_hash, start_hash=start, method=method, label_count=str(labels), finetune_seed=seed)
+    listed = dict(list_hash=split_hash(store.names[draw_labels(store, labels, seed)])) if str(labels).endswith('.txt') else {}
+    return step_settings(cfg, 'data', *before, 'encoder', 'finetune', data_hash=store.data_hash, start_hash=start, method=method, label_count=str(labels), finetune_seed=seed, **listed)
 
 # %% ../nbs/13_finetune.ipynb #a87d9ad3
 def _loss(c, data, num_classes, weight):
