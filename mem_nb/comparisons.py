@@ -89,7 +89,7 @@ def arms_figure(
     for i,arm in enumerate(others):
         gain = [dict(g, n_labels=g['n_labels']*1.03**(i-len(others)/2)) for g in paired_gain(records, arm, first)]      # side by side
         if gain: show_gain(gain, axs[1], arm, LINES[arms.index(arm)%len(LINES)])
-    axs[1].set(xscale='log', title=f'Minus {first}, draw by draw: mean and 95 % interval', xlim=axs[0].get_xlim()); axs[1].set_xticks(at, [f'{n:,}' for n in at])
+    axs[1].set(xscale='log', title=f'Minus {first}, draw by draw: mean and 95 % interval', xlim=(at[0]/1.15, at[-1]*1.15)); axs[0].set_xlim(at[0]/1.15, at[-1]*1.15); axs[1].set_xticks(at, [f'{n:,}' for n in at])
     axs[1].minorticks_off(); axs[1].legend(loc='center left', bbox_to_anchor=(1,.5))
     return fig
 
