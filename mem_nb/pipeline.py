@@ -174,6 +174,7 @@ def _submit(cfg, step, dry_run):
     if step=='prepare' and cfg.run.prepare_parts>1: return slurm.submit_parts(cfg, dry_run)
     return slurm.submit_step(cfg, step, dry_run)
 
+# %% ../nbs/18_pipeline.ipynb #34b25df2
 def command(
     step:str,            # a step, or one of OTHERS
     conf:str='',         # `.conf` file; for inspect a recording or a store; for status, logs and cancel a run
