@@ -240,6 +240,7 @@ EXAMPLES = """examples:
   mem_nb sweep configs/nmnist.conf seed=0,1,2 class_labels=50,100
 """
 
+# %% ../nbs/18_pipeline.ipynb #839f741d
 def _stop(number, frame): raise Stopped("asked to stop; what is done is kept, and the same command continues")
 
 def main(
