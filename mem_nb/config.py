@@ -8,7 +8,7 @@ __all__ = ['check_config', 'load_config', 'parse_config', 'config_text', 'save_c
            'PretrainConfig', 'FinetuneConfig', 'SlurmConfig', 'Config', 'conf_keys']
 
 # %% ../nbs/00b_config.ipynb #f6ea4f83
-import configparser, difflib, os, signal, threading, warnings
+import configparser, difflib, os, re, signal, threading, warnings
 from contextlib import contextmanager
 from pathlib import Path
 from .settings import (METHODS, ORIGINAL, Config, DataConfig, EncoderConfig, FinetuneConfig, PretrainConfig, RunConfig,
@@ -65,7 +65,8 @@ def check_config(
 def _check_combinations(cfg, where):
     "Sizes must fit each other."
     (h,w),(H,W),n,e = cfg.grid,cfg.data.input_size,cfg.pretrain.num_mask_patches,cfg.encoder
-    known = lambda b: b=='all' or isinstance(b, int) and b>0 or isinstance(b, float) and 0<b<1
+    known = lambda b: (b=='all' or b.endswith('.txt') or re.fullmatch(r'[1-9]\d*/class', b)) if isinstance(b, str) else b>0 and (isinstance(b, int) or b<1)
+    f = cfg.finetune
     whole = lambda *xs: all(isinstance(x, int) and x>=0 for x in xs)
     for ok,said in (
         (H%cfg.patch==0==W%cfg.patch, f"input_H = {H} and input_W = {W} should be multiples of the patch, 2**num_layers = {cfg.patch} pixels"),
@@ -77,10 +78,12 @@ def _check_combinations(cfg, where):
         (cfg.slurm.gpu_num>=0, "gpu_num should be 0 (processes on CPUs) or the number of GPUs a machine"),
         (cfg.pretrain.informative>=0, "pt_informative is a share of the mean events a patch; give 0 (all patches count) or more, such as 0.2"),
         *((0<=b<1, f"{k} = {b} should lie in 0…1, below 1") for k,b in dict(pt_beta2=cfg.pretrain.beta2, class_beta2=cfg.finetune.beta2).items()),
+        (f.input_H%cfg.patch==0==f.input_W%cfg.patch and bool(f.input_H)==bool(f.input_W), f"class_input_H and class_input_W should both be 0 or multiples of the patch, {cfg.patch} pixels"),
+        (f.mixup>=0<=f.cutmix, "class_mixup and class_cutmix are parameters of a Beta distribution; give 0 (none) or more, such as 0.8"),
         (e.emb%e.heads==0, f"transformer_emb = {e.emb} should be a multiple of transformer_heads = {e.heads}"),
         *((o in ORIGINAL, f"original has {o!r}; known: {', '.join(ORIGINAL)}") for o in cfg.data.original),
         *((m in METHODS, f"class_methods has {m!r}; known: {', '.join(METHODS)}") for m in cfg.finetune.methods),
-        *((known(b), f"class_labels has {b!r}; give counts (100), fractions between 0 and 1 (0.05), or all") for b in cfg.finetune.labels)):
+        *((known(b), f"class_labels has {b!r}; give counts (100), fractions between 0 and 1 (0.05), so many a class (5/class), a list (my.txt), or all") for b in cfg.finetune.labels)):
         if not ok: raise ValueError(f"{where}: {said}")
 
 # %% ../nbs/00b_config.ipynb #1dac426b

@@ -70,11 +70,14 @@ def eval_batches(
     store:EventStore,     # where to read
     indices=None,         # which recordings; None: all
     batch_size:int=256,   # samples a batch
-    max_events:int=None,  # consecutive events a sample at most, from its middle
+    max_events:int=None,  # consecutive events a sample at most
+    start:float=.5,       # share 0…1, where the slice of a longer recording begins; .5: its middle
 ):
     "Every recording once, in order, always the same slice."
     indices = np.arange(len(store)) if indices is None else np.asarray(indices)
-    for i in range(0, len(indices), batch_size): yield collate(store, indices[i:i+batch_size], max_events)
+    for i in range(0, len(indices), batch_size):
+        chosen = indices[i:i+batch_size]
+        yield collate(store, chosen, max_events, [start]*len(chosen))
 
 def num_steps(n:int, epochs:float, batch_size:int) -> int:
     "Steps that `epochs` passes over `n` recordings take, at least one."

@@ -27,6 +27,7 @@ from .data import eval_batches, make_frames, num_steps, train_batches
 from .encoder import (config_encoder, encode_patches, from_patches, from_vit, load_encoder, rgb_weights,
                             sincos_positions, to_patches)
 from .masking import make_masks, patch_events
+from .probes import knn_signal
 from .targets import (commonest_share, counted_mean, filled_patches, frozen_tokens, hidden_pixels, masked_accuracy,
                             masked_loss, outcome, patch_scale, pixel_loss)
 from .tokenizer import load_tokenizer, tokenizer_path
@@ -295,7 +296,9 @@ def pretrain(
     hashes = dict(start_hash=p.checkpoint and weights_hash(p.checkpoint), tokenizer_hash='' if p.mae else weights_hash(tokenizer_path(cfg)))
     settings = step_settings(cfg, 'data', 'tokenizer', 'encoder', 'pretrain', data_hash=task.train.data_hash, **hashes)
     media = lambda model: {'strip':strip_figure(task, model)}
-    judged = dict(validate=task.validate, media=media, validate_every=max(1, steps//10)) if len(task.val) else {}
+    look = (lambda model: knn_signal(model.encoder, task.train, cfg.data)) if p.knn_epochs else lambda model: {}
+    every = num_steps(n, p.knn_epochs, p.batch_size) if p.knn_epochs else max(1, steps//10)
+    judged = dict(validate=lambda model: task.validate(model) | look(model), media=media, validate_every=every) if len(task.val) else {}
     final = fit(model, task.loss, batches, steps, cfg.folder/'pretrain', pretrain_optimizer(model, p.lr, p.weight_decay, p.beta2),
                lambda k: cosine_schedule(k, steps, p.lr, p.min_lr, p.warmup_steps), cfg.run, settings, desc='pretrain',
                grad_clip=p.grad_clip, save_every=num_steps(n, p.save_ckpt_freq, p.batch_size), **judged)

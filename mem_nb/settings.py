@@ -155,6 +155,7 @@ class PretrainConfig:
     informative:float = 0.     # the loss counts only hidden patches with more than this share of the frame's mean events a patch; 0: all
     two_views:bool = False     # the target is the frame before its jitter, as in BEiT
     lr_decay:float = 1.        # read by nothing, as in the original: the schedule is a cosine
+    knn_epochs:float = 0.      # epochs between two looks at the nearest neighbours of frozen features, which needs labels; 0: none
     save_ckpt_freq:int = 25    # epochs between two saved states (save_minutes may come first)
     checkpoint:str = ''        # start from these weights
     skip:bool = False          # leave this step out
@@ -169,7 +170,7 @@ class FinetuneConfig:
     "Classification: `class_`."
     prefix = 'class_'
     methods:tuple = ('pretrained',)  # any of pretrained, scratch
-    labels:tuple = ('all',)          # label budgets: a number, a fraction such as 0.05, or all
+    labels:tuple = ('all',)          # label budgets: a number, a fraction such as 0.05, so many a class such as 5/class, a list such as my.txt, or all
     seeds:tuple = (0,)               # each budget is drawn and trained once a seed
     epochs:int = 300                 # passes over the labelled recordings
     min_steps:int = 0                # at least so many steps, whatever the number of labels
@@ -185,6 +186,14 @@ class FinetuneConfig:
     label_smoothing:float = 0.1      # share of the target spread over all classes
     dropout:float = 0.1              # drop path
     ema_decay:float = 0.9999         # of the averaged weights, warmed up; 0: none
+    mixup:float = 0.                 # two frames on one another, with a share drawn from Beta(mixup, mixup); 0: none
+    cutmix:float = 0.                # a box of one frame in another, of an area drawn from Beta(cutmix, cutmix); 0: none
+    balanced:bool = False            # weigh each class by the inverse of its number of labels
+    keep:str = 'last'                # the weights that count: last, held_out (best on a fifth of the labels, not trained on) or val (best on validation, flattering)
+    slices:int = 1                   # slices of a recording whose probabilities are averaged when it is judged
+    input_H:int = 0                  # frame height in pixels, where it is another than in pretraining; 0: the same
+    input_W:int = 0                  # frame width in pixels, where it is another than in pretraining; 0: the same
+    allow_overlap:bool = False       # go on although training or pretraining has seen validation recordings
     freeze:bool = False              # train the head only
     scratch_lr:float = 0.            # peak learning rate from scratch; 0: lr
     scratch_layer_decay:float = 1.   # layer decay from scratch
@@ -192,7 +201,8 @@ class FinetuneConfig:
     save_ckpt_freq:int = 25          # epochs between two saved states (save_minutes may come first)
     checkpoint:str = ''              # start from these weights instead of the run's own encoder
 
-    positive = ('epochs','batch_size','update_freq','lr','save_ckpt_freq')
+    choices = dict(keep=('last','held_out','val'))
+    positive = ('epochs','batch_size','update_freq','lr','slices','save_ckpt_freq')
     unit = ('label_smoothing','dropout','ema_decay','layer_decay','scratch_layer_decay')
 
 # %% ../nbs/00_settings.ipynb #3a26ca3b

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['NOT_OF_THE_RESULT', 'atomic', 'write_json', 'save_weights', 'read_state', 'load_weights', 'weights_hash',
            'step_settings', 'check_settings', 'has_state', 'sound_state', 'TrainingState', 'read_log', 'rewind_log',
-           'append_log', 'is_done', 'final_metrics', 'finish']
+           'append_log', 'is_done', 'final_metrics', 'peak_memory', 'finish']
 
 # %% ../nbs/08_state.ipynb #c38b3881
-import errno, hashlib, json, os, shutil, warnings, zipfile
+import errno, hashlib, json, os, resource, shutil, sys, warnings, zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,7 +79,7 @@ def weights_hash(path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()[:12] if file.is_file() else ''
 
 # %% ../nbs/08_state.ipynb #6b5c0019
-NOT_OF_THE_RESULT = {'save_ckpt_freq','skip','checkpoint','data_path','store_path','split_file','methods','labels','seeds',
+NOT_OF_THE_RESULT = {'save_ckpt_freq','knn_epochs','allow_overlap','skip','checkpoint','data_path','store_path','split_file','methods','labels','seeds',
                      'checkpointing'}
 
 def step_settings(
@@ -201,6 +201,11 @@ def final_metrics(folder, settings:dict=None, allow:bool=False) -> dict:
     if settings is not None: check_settings(final['settings'], settings, folder, allow)
     return final['metrics']
 
+def peak_memory() -> float:
+    "The most memory that this process has held, or that of its GPU where it uses one, GB."
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated(): return torch.cuda.max_memory_allocated()/1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform=='darwin' else 1024)/1e9
+
 def finish(
     state:TrainingState,  # after its last step
     folder:Path,          # of the step
@@ -208,6 +213,6 @@ def finish(
     settings:dict,        # that the result belongs to
 ):
     "Write metrics, then weights; their presence says that the step is done. The training state is no longer needed."
-    write_json(dict(metrics=metrics, settings=settings), folder/'final.json')
+    write_json(dict(metrics=metrics, settings=settings, memory_gb=peak_memory()), folder/'final.json')
     save_weights(state.averaged, folder/'final.safetensors')
     shutil.rmtree(folder/'last', ignore_errors=True)

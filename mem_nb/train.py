@@ -189,6 +189,7 @@ class Trainer:
     validate_every:int=0  # steps; the last step always
     save_every:int=0      # steps between two saved states, beside run.save_minutes
     media:object=None     # model -> {name: Figure}, drawn after a validation, once a minute at most, and at the end
+    choose:object=None    # (state, metrics) -> metrics, before the final weights are written: may put better ones in their place
     desc:str='train'      # word beside the progress bar
 
     def fit(self):
@@ -198,6 +199,7 @@ class Trainer:
         with locked(self.folder, 'training in') if process_rank()[0]==0 else nullcontext(), listening() as self.asked:
             self._start()
             self._train()
+            if self.acc.is_main_process and self.choose: self.metrics = self.choose(self.state, self.metrics)
             if self.acc.is_main_process: finish(self.state, self.folder, self.metrics, self.settings)
             self.acc.wait_for_everyone()
             for tracker in self.acc.trackers: tracker.finish()           # the processes stay joined for the next step

@@ -11,6 +11,7 @@ from mem_nb.datasets import prepare
 from mem_nb.store import EventStore
 from mem_nb.finetune import finetune, label_subset
 from mem_nb.pretrain import pretrain
+from mem_nb.probes import feature_probes, frame_baselines, small_frames
 from mem_nb.tokenizer import tokenizer
 
 FAST = ['num_digits=60', 'vae_epochs=1', 'vae_batch_size=32', 'pt_epochs=1', 'pt_batch_size=32', 'class_epochs=2', 'class_update_freq=1',
@@ -38,18 +39,17 @@ def records(method, accuracies, labels=50, draw='draw'):
 # ---- simple methods
 def test_baselines_tell_apart_what_can_be_told_apart():
     x,y = np.eye(4).repeat(5, 0).reshape(20,1,2,2),np.arange(4).repeat(5)
-    assert ev.frame_baselines(x, y, x, y) == dict(majority=.25, knn=1., svm=1.)
-    assert ev.feature_probes(x.reshape(20,4), y, x.reshape(20,4), y) == {'knn on features':1., 'linear probe':1.}
+    assert frame_baselines(x, y, x, y) == dict(majority=.25, knn=1., svm=1., logistic=1.)
+    assert feature_probes(x.reshape(20,4), y, x.reshape(20,4), y) == {'knn on features':1., 'linear probe':1.}
 
 def test_one_class_only_is_named():
     x,y = np.random.default_rng(0).random((6,4)),np.array([0,0,1,1,1,1])
-    assert set(ev.frame_baselines(x, y*0, x, y).values()) == {1/3}
-    assert set(ev.feature_probes(x, y*0, x, y).values()) == {1/3}
+    for found in (frame_baselines(x, y*0, x, y), feature_probes(x, y*0, x, y)): assert np.allclose(list(found.values()), 1/3)
 
 def test_large_frames_are_averaged_down_and_small_ones_are_left():
     frames = torch.rand(2,3,32,32)
-    assert np.array_equal(ev.small_frames(frames), frames.flatten(1).numpy())
-    assert ev.small_frames(torch.ones(2,3,224,200)).shape == (2,3*64*64)
+    assert np.array_equal(small_frames(frames), frames.flatten(1).numpy())
+    assert small_frames(torch.ones(2,3,224,200)).shape == (2,3*64*64)
 
 # ---- mean, spread, pairs
 def test_one_draw_has_no_spread():
@@ -98,7 +98,7 @@ def test_baselines_are_those_of_the_frames(run):
     cfg,summary,_ = run
     train,val = stores(cfg)
     own = label_subset(train.labels, 20, 1)
-    direct = ev.frame_baselines(all_frames(train, cfg.data, own), train.labels[own], all_frames(val, cfg.data), val.labels, 1)
+    direct = frame_baselines(all_frames(train, cfg.data, own), train.labels[own], all_frames(val, cfg.data), val.labels, 1)
     assert direct == {r['method']:r['accuracy'] for r in summary['results'] if r['labels']=='20' and r['seed']==1 and r['method'] in direct}
 
 def test_confusion_has_the_logged_accuracy_on_its_diagonal(run):
@@ -136,7 +136,7 @@ def test_report_is_one_file_with_everything_inside(run):
     cfg,summary,text = run
     page = read_page(text)
     words = ' '.join(page.text)
-    assert set(page.sources)=={'data:image/png;base64'} and page.pictures==6 and 'url(' not in text
+    assert set(page.sources)=={'data:image/png;base64'} and page.pictures==11 and 'url(' not in text
     assert summary['splits']['split_hash'] in words and config_text(cfg) in words
     assert all(f"{ev.percent(r['mean'], r['std'])} ({r['seeds']})" in words for r in summary['table'])
     assert all(d['subset_hash'] in words for d in summary['splits']['label_draws'])
@@ -149,7 +149,7 @@ def test_report_of_a_run_that_has_trained_nothing(run, tmp_path):
     cfg = make(Path(run[0].run.runs_dir).parent, 'expname=bare')
     summary = ev.evaluate(cfg)
     assert summary['left_out']==['tokenizer','encoder','classifier'] and summary['cost']==[] and summary['tokenizer']=={}
-    assert {r['method'] for r in summary['results']} == {'svm','knn','majority'}
+    assert {r['method'] for r in summary['results']} == {'svm','knn','logistic','majority'}
     page = read_page((cfg.folder/'report.html').read_text())
     assert page.pictures==1 and 'Not in this run: tokenizer, encoder, classifier.' in page.text
 
@@ -159,7 +159,7 @@ def test_report_without_tokenizer_of_a_masked_autoencoder(run):
     summary = ev.evaluate(cfg)
     assert summary['left_out']==['tokenizer','classifier'] and 'val_mean_frame' in summary['pretrain']
     assert {'linear probe','knn on features'} < {r['method'] for r in summary['results']}
-    assert read_page((cfg.folder/'report.html').read_text()).pictures==3   # accuracy, strip, curves
+    assert read_page((cfg.folder/'report.html').read_text()).pictures==4   # accuracy, strip, curves, feature map
 
 def test_report_of_recordings_without_labels(run):
     root = Path(run[0].run.runs_dir).parent
