@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'DATASETS', 'Dataset', 'gesture_label', 'gesture_chunks', 'find_dataset', 'list_recordings', 'read_split',
-           'store_path', 'prepared', 'prepare', 'prepare_samples']
+           'store_path', 'prepared', 'part_of', 'prepare', 'prepare_samples']
 
 # %% ../nbs/04d_datasets.ipynb #8ea8ae5b
 import hashlib, os, re, time
@@ -17,7 +17,7 @@ from .events import check_events, make_events
 from .formats import EventFileError, event_chunks
 from .pack import Recording, Sample, Window
 from .simulate import simulate_digits
-from .store import check_ours, fingerprint, old_manifest, read_manifest, split_hash, write_store
+from .store import check_ours, fingerprint, old_manifest, read_manifest, split_hash, write_part, write_store
 
 # %% ../nbs/04d_datasets.ipynb #437d4836
 SUFFIXES = ('.bin','.dat','.raw','.aedat4','.h5','.hdf5','.npz','.npy','.txt','.csv')
@@ -193,14 +193,19 @@ def _sources(cfg):
         simulate_digits(root, d.num_digits, d.split_seed, (d.sensor_H or 34, d.sensor_W or 34))
     return list_recordings(root, find_dataset(d.data_set), d.split_file, d.val_fraction, d.split_seed)
 
+def _door(cfg):
+    "The store's folder, what it depends on, the recordings' folder; ValueError where one would hurt the other."
+    folder,raw = store_path(cfg),Path(os.path.abspath(cfg.data.data_path))
+    if not (folder/'manifest.json').exists(): check_ours(folder)
+    if Path(os.path.abspath(folder)) in (raw, *raw.parents):
+        raise ValueError(f"the recordings in {cfg.data.data_path} lie within the store {folder}; set store_path to a folder of its own")
+    return folder, _settings(cfg), raw
+
 def prepared(
     cfg:Config,  # data_path, data_set, split, sensor, windows
 ) -> Path:       # folder of the store
     "Pack the recordings of a configuration, unless that is done; raises where folder, files or split do not fit."
-    d,folder,settings = cfg.data,store_path(cfg),_settings(cfg)
-    if not (folder/'manifest.json').exists(): check_ours(folder)
-    if Path(os.path.abspath(folder)) in (raw := Path(os.path.abspath(d.data_path)), *raw.parents):
-        raise ValueError(f"the recordings in {d.data_path} lie within the store {folder}; set store_path to a folder of its own")
+    d,folder,settings,raw = cfg.data,*_door(cfg)
     asked = repr((d.data_path, d.num_digits, d.data_set, *settings, d.split_file, d.val_fraction, d.split_seed))
     manifest = old_manifest(folder)
     if manifest.get('asked')==asked and not raw.is_dir():
@@ -211,11 +216,29 @@ def prepared(
         write_store(sources, folder, *settings, cfg.run.prepare_workers, seen, data_set=d.data_set, asked=asked)
     return folder
 
+def part_of(
+    word:str,  # such as 3/100
+) -> tuple:    # (3, 100)
+    "Which part of how many; ValueError where the word does not say."
+    k,n = map(int, word.split('/')) if re.fullmatch(r'\d{1,5}/\d{1,5}', word) else (0,0)
+    if not 1<=k<=n: raise ValueError(f"prepare_part = {word!r} should be part/parts, such as 3/100")
+    return k,n
+
+def _prepare_part(cfg):
+    "Pack one part of the recordings; the plain step joins them."
+    (k,n),d,(folder,settings,_) = part_of(cfg.run.prepare_part),cfg.data,_door(cfg)
+    if d.data_set=='digits': raise ValueError("digits are simulated by one process; leave prepare_part out")
+    sources = _sources(cfg)
+    if old_manifest(folder).get('seen')==(seen := fingerprint(sources, d.data_set, *settings)): print(f'store {folder} is whole already')
+    else: print(f'part {k} of {n}: {write_part(sources, folder, k, n, seen, *settings, workers=cfg.run.prepare_workers)}')
+    return folder
+
 def prepare(
     cfg:Config,  # data_path, data_set, split, sensor, windows
 ) -> Path:       # folder of the store
-    "The step: `prepared`, and say what lies where."
+    "The step: `prepared`, or a part of it, and say what lies where."
     began = time.time()
+    if cfg.run.prepare_part: return _prepare_part(cfg)
     m = read_manifest(folder := prepared(cfg))
     print(f"store {folder}: {m['recordings']:,} recordings, {m['samples'][0]:,} + {m['samples'][1]:,} samples, {m['events']:,} events, "
           f"{len(m['refused'])} refused, split {m['split_hash']}; {time.time()-began:.1f} s")
