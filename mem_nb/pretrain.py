@@ -133,8 +133,7 @@ class HiddenTask:
     contrast:float=0.  # weight of telling two views of a recording from those of others
     vae:nn.Module=None # frozen EventVAE, where tokens are asked for
 
-    @property
-    def patch(self): return self.data.input_H//self.grid[0]
+    patch = property(lambda self: self.data.input_H//self.grid[0])
 
     def masks(self, frames, generator, own=None, batch=None):
         "`(B, N)` bool, exactly `num_hidden` True in each row; of rows `own` of a `batch` of so many that processes share."
@@ -157,8 +156,7 @@ class HiddenTask:
         if not self.contrast: return self.judge(model(seen, mask), target, mask)
         target,seen,mask = (torch.cat(v) for v in zip((target, seen, mask), self.view(batch, generator)))
         out,vectors = model(seen, mask, True, self.hidden>0)
-        loss,scores = self.judge(out, target, mask) if self.hidden else (0.,{})
-        apart,found = contrast_loss(*vectors.chunk(2))
+        (loss,scores),(apart,found) = self.judge(out, target, mask) if self.hidden else (0.,{}), contrast_loss(*vectors.chunk(2))
         return self.hidden*loss + self.contrast*apart, scores | dict(contrast=apart, partner=found)
 
     def shown(self, store, device, limit=10**9):

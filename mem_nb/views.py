@@ -57,6 +57,7 @@ def scaled_size(
     "The size of the scaled sensor, at least that of the input."
     return tuple(max(int(s*scale_factor(d, sensor)+1e-6), n) for s,n in zip(sensor, d.input_size))
 
+# %% ../nbs/06b_views.ipynb #22e76e7a
 def draw_changes(
     b:int,                      # samples
     sensor:tuple,               # `(H, W)` in pixels
