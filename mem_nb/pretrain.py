@@ -134,7 +134,6 @@ class HiddenTask:
     vae:nn.Module=None # frozen EventVAE, where tokens are asked for
 
     patch = property(lambda self: self.data.input_H//self.grid[0])
-
     def masks(self, frames, generator, own=None, batch=None):
         "`(B, N)` bool, exactly `num_hidden` True in each row; of rows `own` of a `batch` of so many that processes share."
         return make_masks(self.kind, self.grid, self.num_hidden, batch or len(frames), generator, frames, own)

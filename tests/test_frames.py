@@ -22,7 +22,7 @@ def batch(recordings): return batch_events(recordings, SIZE, labels=[3,1,4,1,5])
 
 WAYS = [dict(), dict(timesurface=True, log=True), dict(size=(8,24), gamma=.5), dict(size=(16,16), fit='crop', gain=2),
         dict(normalize=False), dict(representation='voxel', voxel_bins=3),
-        dict(representation='voxel', voxel_bins=5, log=True, size=(9,9), normalize=False), dict(representation='stacked', voxel_bins=3)]
+        dict(representation='voxel', voxel_bins=5, log=True, size=(9,9), normalize=False), dict(representation='stacked', voxel_bins=3, hot_pixel_stds=None)]
 
 # ---- batches
 def test_there_and_back(batch, recordings):
