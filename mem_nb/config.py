@@ -76,6 +76,8 @@ def _check_combinations(cfg, where):
         (cfg.data.num_digits<=5000, f"num_digits = {cfg.data.num_digits}, but there are 5000 pictures to simulate from"),
         (cfg.pretrain.mae or not cfg.pretrain.norm_pix, "pt_norm_pix = 1 is about pixels, but mae = 0 asks for tokens; set mae = 1 or pt_norm_pix = 0"),
         (cfg.slurm.gpu_num>=0, "gpu_num should be 0 (processes on CPUs) or the number of GPUs a machine"),
+        (min(cfg.pretrain.contrast, cfg.pretrain.hidden)>=0<cfg.pretrain.contrast+cfg.pretrain.hidden,
+         "pt_hidden and pt_contrast are weights; give 0 (not asked) or more, and at least one of them above 0"),
         (cfg.pretrain.informative>=0, "pt_informative is a share of the mean events a patch; give 0 (all patches count) or more, such as 0.2"),
         *((0<=b<1, f"{k} = {b} should lie in 0…1, below 1") for k,b in dict(pt_beta2=cfg.pretrain.beta2, class_beta2=cfg.finetune.beta2).items()),
         (f.input_H%cfg.patch==0==f.input_W%cfg.patch and bool(f.input_H)==bool(f.input_W), f"class_input_H and class_input_W should both be 0 or multiples of the patch, {cfg.patch} pixels"),

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['POLARITY', 'REPRESENTATIONS', 'event_histogram', 'flat_place', 'histogram', 'pixel_map', 'moved', 'move_events',
-           'count_events', 'relative_time', 'time_surface', 'voxel_grid', 'stretch_frames', 'resize_frames',
-           'remove_hot_pixels', 'normalize_frames', 'log_transform', 'gamma_transform', 'raw_frames', 'scale_frames',
-           'to_frames']
+           'count_events', 'relative_time', 'time_surface', 'voxel_grid', 'stacked_counts', 'stretch_frames',
+           'resize_frames', 'remove_hot_pixels', 'normalize_frames', 'log_transform', 'gamma_transform', 'raw_frames',
+           'scale_frames', 'to_frames']
 
 # %% ../nbs/05_frames.ipynb #da97bd70
 import math
@@ -139,6 +139,17 @@ def voxel_grid(
     grid.scatter_add_(0, place, sign*(1-share)).scatter_add_(0, place+h*w, sign*share)
     return grid.view(b,bins+1,h,w)[:,:bins]
 
+# %% ../nbs/05_frames.ipynb #e96597a9
+def stacked_counts(
+    batch:EventBatch,  # events of B samples
+    bins:int=3,        # slices of time
+) -> torch.Tensor:     # `(B, 2*bins, H, W)` float32: brighter counts of all slices, then darker ones
+    "Counts per polarity in slices of time (RVT, Gehrig & Scaramuzza, CVPR 2023)."
+    (h,w),b = batch.size,len(batch)
+    when = (relative_time(batch)*bins).int().clamp_(max=bins-1)
+    place = flat_place(batch, (~batch.p).int()*bins+when, 2*bins)
+    return torch.bincount(place, minlength=b*2*bins*h*w).view(b,2*bins,h,w).float()
+
 # %% ../nbs/05_frames.ipynb #748ad9c3
 @cache
 def _weights(old, new, device):
@@ -241,18 +252,18 @@ def gamma_transform(
     return _on(lambda x: _signed_(x, lambda v: v**gamma), frames, channels)
 
 # %% ../nbs/05_frames.ipynb #4571d542
-REPRESENTATIONS = ('histogram','voxel')
+REPRESENTATIONS = ('histogram','voxel','stacked')
 
 def raw_frames(
     batch:EventBatch,                # events of B samples
-    representation:str='histogram',  # histogram (brighter, time surface, darker) or voxel
+    representation:str='histogram',  # histogram (brighter, time surface, darker), voxel or stacked
     timesurface:bool=False,          # fill the middle channel, else it is zero
-    voxel_bins:int=5,                # channels of a voxel grid
+    voxel_bins:int=5,                # channels of a voxel grid; half of those of stacked counts
 ) -> torch.Tensor:                   # `(B, C, *batch.size)` float32
     "Events to channels, before anything is resized or scaled; raises ValueError for an unknown representation."
     if representation not in REPRESENTATIONS:
         raise ValueError(f"unknown representation {representation!r}; known: {', '.join(REPRESENTATIONS)}")
-    if representation=='voxel': return voxel_grid(batch, voxel_bins)
+    if representation!='histogram': return dict(voxel=voxel_grid, stacked=stacked_counts)[representation](batch, voxel_bins)
     brighter,darker = count_events(batch).split(1, dim=1)
     return torch.cat([brighter, time_surface(batch) if timesurface else torch.zeros_like(darker), darker], dim=1)
 
@@ -277,9 +288,9 @@ def scale_frames(
 def to_frames(
     batch:EventBatch,                # events of B samples
     size:tuple=None,                 # wanted `(H, W)`; None: the sensor's
-    representation:str='histogram',  # histogram or voxel
+    representation:str='histogram',  # histogram, voxel or stacked
     timesurface:bool=False,          # fill the middle channel of a histogram
-    voxel_bins:int=5,                # channels of a voxel grid
+    voxel_bins:int=5,                # slices of time of a voxel grid or of stacked counts
     fit:str='resize',                # resize or crop
     hot_pixel_stds:float=10.,        # hot pixels lie so many standard deviations above the mean; None: keep them
     normalize:bool=True,             # by each sample's own maximum, else 255 events are 1

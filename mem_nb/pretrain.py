@@ -28,8 +28,8 @@ from .encoder import (config_encoder, encode_patches, from_patches, from_vit, lo
                             sincos_positions, to_patches)
 from .masking import make_masks, patch_events
 from .probes import knn_signal
-from .targets import (commonest_share, counted_mean, filled_patches, frozen_tokens, hidden_pixels, masked_accuracy,
-                            masked_loss, outcome, patch_scale, pixel_loss)
+from .targets import (commonest_share, contrast_loss, counted_mean, filled_patches, frozen_tokens, hidden_pixels, masked_accuracy,
+                            masked_loss, outcome, patch_scale, pixel_loss, projector)
 from .tokenizer import load_tokenizer, tokenizer_path
 from .state import load_weights, step_settings, weights_hash
 from .train import cosine_schedule, fit, step_seed
@@ -44,8 +44,10 @@ class MaskedEventModel(nn.Module):
         self,
         encoder:Beit,     # from `build_encoder`, without a head
         num_tokens:int,   # size of the codebook, K
+        contrast:bool=False, # also give each frame a vector for `contrast_loss`
     ):
         super().__init__()
+        self.project = projector(encoder.embed_dim) if contrast else None
         self.encoder,self.mask_token = encoder,nn.Parameter(torch.zeros(1,1,encoder.embed_dim))
         self.head = nn.Linear(encoder.embed_dim, num_tokens)
         for p in (self.mask_token, self.head.weight): trunc_normal_(p, std=.02)
@@ -57,9 +59,11 @@ class MaskedEventModel(nn.Module):
         if mask is not None: x = torch.where(mask[...,None], self.mask_token.to(x.dtype), x)
         return encode_patches(self.encoder, x)
 
-    def forward(self, frames, mask):
-        "Logits `(mask.sum(), K)` of the hidden patches, frame after frame."
-        return self.head(self.forward_features(frames, mask)[:,1:][mask])
+    def forward(self, frames, mask, contrast=False, hidden=True):
+        "Logits `(mask.sum(), K)` of the hidden patches, frame after frame (None if not `hidden`); with `contrast` also vectors `(B, P)`."
+        x = self.forward_features(frames, mask)[:,1:]
+        logits = self.head(x[mask]) if hidden else None
+        return (logits, self.project(x[~mask].view(len(x), -1, x.shape[-1]).mean(1))) if contrast else logits
 
 # %% ../nbs/12_pretrain.ipynb #55c5ab6e
 class MaskedAutoencoder(nn.Module):
@@ -70,8 +74,10 @@ class MaskedAutoencoder(nn.Module):
         decoder_width:int=512,    # numbers a token in the decoder
         decoder_depth:int=8,      # its blocks
         decoder_heads:int=16,     # its attention heads
+        contrast:bool=False,      # also give each frame a vector for `contrast_loss`
     ):
         super().__init__()
+        self.project = projector(encoder.embed_dim) if contrast else None
         norm = partial(nn.LayerNorm, eps=1e-6)
         patch,w = encoder.patch_embed.patch_size[0],decoder_width
         self.encoder,self.embed = encoder,nn.Linear(encoder.embed_dim, w)
@@ -84,19 +90,29 @@ class MaskedAutoencoder(nn.Module):
         for m in [self.embed, self.pixels, *(m for m in self.blocks.modules() if isinstance(m, nn.Linear))]:
             nn.init.xavier_uniform_(m.weight); nn.init.zeros_(m.bias)
 
-    def forward_pixels(self, frames, mask):
-        "Pixels `(B, N, patch*patch*C)` of all patches; every row of `mask` hides the same number."
+    def encode(self, frames, mask):
+        "`(B, 1+n, D)` of the visible patches; every row of `mask` hides the same number."
         keep = torch.nonzero(~mask)[:,1].reshape(len(mask), -1)                               # (B, n)
         patches = self.encoder.patch_embed(frames)
         visible = torch.take_along_dim(patches, keep[...,None], 1)
-        seen = self.embed(encode_patches(self.encoder, visible, keep))                        # (B, 1+n, w)
+        return encode_patches(self.encoder, visible, keep)
+
+    def paint(self, seen, mask):
+        "What `encode` gives -> pixels `(B, N, patch*patch*C)` of all patches."
+        seen = self.embed(seen)                                                               # (B, 1+n, w)
         x = self.mask_token.to(seen.dtype).repeat(*mask.shape, 1)                             # (B, N, w)
         x[~mask] = seen[:,1:].flatten(0,1)
         x = torch.cat([seen[:,:1], x], 1) + self.positions
         again = self.encoder.grad_checkpointing and torch.is_grad_enabled()
         return self.pixels(self.norm(checkpoint_seq(self.blocks, x) if again else self.blocks(x)))[:,1:]
 
-    def forward(self, frames, mask): return self.forward_pixels(frames, mask)[mask]   # (mask.sum(), patch*patch*C)
+    def forward_pixels(self, frames, mask): return self.paint(self.encode(frames, mask), mask)
+
+    def forward(self, frames, mask, contrast=False, hidden=True):
+        "Pixels `(mask.sum(), patch*patch*C)` of the hidden patches (None if not `hidden`); with `contrast` also vectors `(B, P)`."
+        seen = self.encode(frames, mask)
+        pixels = self.paint(seen, mask)[mask] if hidden else None
+        return (pixels, self.project(seen[:,1:].mean(1))) if contrast else pixels
 
 # %% ../nbs/12_pretrain.ipynb #dc037ebe
 @dataclass
@@ -114,11 +130,11 @@ class HiddenTask:
     informative:float=0.  # the loss counts only hidden patches with more than this share of the mean events a patch; 0: all
     norm_pix:bool=False   # pixels of a patch minus their mean, over their std
     batch_size:int=64  # recordings at a time in validation
+    hidden:float=1.    # weight of what is hidden
+    contrast:float=0.  # weight of telling two views of a recording from those of others
     vae:nn.Module=None # frozen EventVAE, where tokens are asked for
 
-    @property
-    def patch(self): return self.data.input_H//self.grid[0]
-
+    patch = property(lambda self: self.data.input_H//self.grid[0])
     def masks(self, frames, generator, own=None, batch=None):
         "`(B, N)` bool, exactly `num_hidden` True in each row; of rows `own` of a `batch` of so many that processes share."
         return make_masks(self.kind, self.grid, self.num_hidden, batch or len(frames), generator, frames, own)
@@ -127,13 +143,21 @@ class HiddenTask:
         "Which of the hidden patches the loss counts, `(mask.sum(),)` bool; None: all."
         return filled_patches(frames, mask, self.informative) if self.informative else None
 
-    def loss(self, model, batch, step, generator):
-        "Loss and metrics of one training step."
+    def view(self, batch, generator):
+        "Frames to be told, frames as seen, and masks: one of each for each recording."
         saturation = self.jitter if self.data.representation=='histogram' else 0.
         views = make_frames(batch, self.data, generator, self.jitter, saturation, self.two_views)
         target,seen = views if self.two_views else (views,views)
-        mask = self.masks(target, generator, *batch.own)
-        return self.judge(model(seen, mask), target, mask)
+        return target, seen, self.masks(target, generator, *batch.own)
+
+    def loss(self, model, batch, step, generator):
+        "Loss and metrics of one training step; with `contrast` of two views of each recording."
+        target,seen,mask = self.view(batch, generator)
+        if not self.contrast: return self.judge(model(seen, mask), target, mask)
+        target,seen,mask = (torch.cat(v) for v in zip((target, seen, mask), self.view(batch, generator)))
+        out,vectors = model(seen, mask, True, self.hidden>0)
+        (loss,scores),(apart,found) = self.judge(out, target, mask) if self.hidden else (0.,{}), contrast_loss(*vectors.chunk(2))
+        return self.hidden*loss + self.contrast*apart, scores | dict(contrast=apart, partner=found)
 
     def shown(self, store, device, limit=10**9):
         "Deterministic frames, a batch at a time; of at most `limit` recordings, evenly drawn."
@@ -257,7 +281,10 @@ def build_model(
     encoder = config_encoder(cfg, p.dropout)
     heads = max(3, e.emb//48)
     decoder = (32*heads, max(2, 2*e.depth//3), heads)               # the paper's, 512 × 8, in proportion
-    model = MaskedAutoencoder(encoder, *decoder) if p.mae else MaskedEventModel(encoder, cfg.tokenizer.num_tokens)
+    model = (MaskedAutoencoder(encoder, *decoder, p.contrast>0) if p.mae else
+             MaskedEventModel(encoder, cfg.tokenizer.num_tokens, p.contrast>0))
+    if not p.hidden:                                                # what answers about hidden patches stays as it is
+        for name,q in model.named_parameters(): q.requires_grad = name.startswith(('encoder','project') if p.mae else ('encoder','project','mask_token'))
     if p.pretrained: load_encoder(encoder, from_vit(p.checkpoint or rgb_weights(encoder), encoder))
     elif p.checkpoint: load_weights(model, p.checkpoint)
     return model
@@ -280,7 +307,7 @@ def pretrain_task(
     p,folder = cfg.pretrain,prepared(cfg)
     shared = dict(train=EventStore(folder), val=EventStore(folder, 'val'), data=cfg.data, grid=cfg.grid, kind=p.masking,
                   num_hidden=p.num_mask_patches, seed=cfg.run.seed, jitter=p.color_jitter,
-                  two_views=p.two_views, informative=p.informative, norm_pix=p.norm_pix, batch_size=p.batch_size)
+                  two_views=p.two_views, informative=p.informative, norm_pix=p.norm_pix, hidden=p.hidden, contrast=p.contrast, batch_size=p.batch_size)
     return PixelTask(**shared) if p.mae else TokenTask(**shared, vae=load_tokenizer(cfg))
 
 def pretrain(
@@ -298,7 +325,8 @@ def pretrain(
     media = lambda model: {'strip':strip_figure(task, model)}
     look = (lambda model: knn_signal(model.encoder, task.train, cfg.data)) if p.knn_epochs else lambda model: {}
     every = num_steps(n, p.knn_epochs, p.batch_size) if p.knn_epochs else max(1, steps//10)
-    judged = dict(validate=lambda model: task.validate(model) | look(model), media=media, validate_every=every) if len(task.val) else {}
+    judge = lambda model: (task.validate(model) if p.hidden else {}) | look(model)
+    judged = dict(validate=judge, media=media if p.hidden else None, validate_every=every) if len(task.val) and (p.hidden or p.knn_epochs) else {}
     final = fit(model, task.loss, batches, steps, cfg.folder/'pretrain', pretrain_optimizer(model, p.lr, p.weight_decay, p.beta2),
                lambda k: cosine_schedule(k, steps, p.lr, p.min_lr, p.warmup_steps), cfg.run, settings, desc='pretrain',
                grad_clip=p.grad_clip, save_every=num_steps(n, p.save_ckpt_freq, p.batch_size), **judged)

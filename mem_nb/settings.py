@@ -59,8 +59,8 @@ class DataConfig:
     input_W:int = 224                # frame width in pixels
     frame_fit:str = 'resize'         # resize (stretch the sensor to the input), crop (its centre) or scale_crop (in training scale until the short side is 8/7 of the input, crop at random; else stretch)
     slice_max_evs:int = 30000        # consecutive events a sample
-    representation:str = 'histogram' # histogram (brighter, time surface, darker) or voxel
-    voxel_bins:int = 5               # time bins of a voxel grid
+    representation:str = 'histogram' # histogram (brighter, time surface, darker), voxel or stacked (brighter and darker in slices of time)
+    voxel_bins:int = 5               # slices of time of a voxel grid or of stacked counts
     timesurface:bool = False         # fill the middle channel with the time surface
     hotpixfilter:bool = True         # zero pixels far above the mean
     hotpix_num_stds:float = 10.      # how many standard deviations above
@@ -76,16 +76,17 @@ class DataConfig:
     rotate:float = 0.                # largest rotation in training, degrees
     scale:float = 0.                 # largest relative change of size in training
     translate:float = 0.             # largest shift of the frame in training, share of its size
+    shear:float = 0.                 # largest slant in training: pixels along x for a pixel along y
     rand_aug:bool = True             # RandAugment in training
     geometry:str = 'events'          # what rotations, shears and shifts move: events (sharp) or frames (interpolated, as the original)
     original:tuple = ()              # defects of the original to reproduce: any of ORIGINAL; see notebooks 06b and 09
 
-    choices = dict(frame_fit=('resize','crop','scale_crop'), representation=('histogram','voxel'), geometry=('events','frames'))
+    choices = dict(frame_fit=('resize','crop','scale_crop'), representation=('histogram','voxel','stacked'), geometry=('events','frames'))
     positive = ('num_digits','input_H','input_W','slice_max_evs','voxel_bins','hotpix_num_stds','normalize_gain','gamma')
-    unit = ('val_fraction','window_overlap','event_drop','flip','time_flip','scale','translate')
+    unit = ('val_fraction','window_overlap','event_drop','flip','time_flip','scale','translate','shear')
 
     original_frames = property(lambda self: any(o!='epoch_schedule' for o in self.original))  # does any of them concern frames?
-    in_chans = property(lambda self: 3 if self.representation=='histogram' else self.voxel_bins)
+    in_chans = property(lambda self: dict(histogram=3, voxel=self.voxel_bins, stacked=2*self.voxel_bins)[self.representation])
     input_size = property(lambda self: (self.input_H, self.input_W))
 
 # %% ../nbs/00_settings.ipynb #aec223d7
@@ -153,6 +154,8 @@ class PretrainConfig:
     color_jitter:float = 0.    # brightness and saturation jitter of the frame in training
     norm_pix:bool = False      # mae: the pixels of a patch minus their mean, over their std (He et al. 2022)
     informative:float = 0.     # the loss counts only hidden patches with more than this share of the frame's mean events a patch; 0: all
+    hidden:float = 1.          # weight of what is hidden; 0: not asked, which leaves the two views
+    contrast:float = 0.        # weight of telling two views of a recording from those of others, as in CAN; 0: none, and one view
     two_views:bool = False     # the target is the frame before its jitter, as in BEiT
     lr_decay:float = 1.        # read by nothing, as in the original: the schedule is a cosine
     knn_epochs:float = 0.      # epochs between two looks at the nearest neighbours of frozen features, which needs labels; 0: none

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['filled_patches', 'summed', 'counted_mean', 'frozen_tokens', 'masked_loss', 'masked_accuracy', 'commonest_share',
-           'patch_scale', 'hidden_pixels', 'pixel_loss', 'outcome']
+           'patch_scale', 'hidden_pixels', 'pixel_loss', 'projector', 'contrast_loss', 'outcome']
 
 # %% ../nbs/11b_targets.ipynb #e3675f5c
 from math import isqrt
@@ -100,6 +100,25 @@ def pixel_loss(
     "Mean squared error of the hidden pixels."
     return counted_mean((pixels.float()-hidden_pixels(frames, mask, norm_pix)).square().mean(1), counts)
 
+# %% ../nbs/11b_targets.ipynb #65b90985
+def projector(
+    width:int,    # of a token
+    out:int=64,   # numbers a vector
+) -> nn.Module:   # `(B, width)` -> `(B, out)`
+    "What turns the mean of the visible patches into the vector of `contrast_loss` (SimCLR, arXiv 2002.05709)."
+    return nn.Sequential(nn.Linear(width, 4*width), nn.BatchNorm1d(4*width), nn.ReLU(), nn.Linear(4*width, out))
+
+def contrast_loss(
+    first:torch.Tensor,    # `(B, P)` one view of each recording
+    second:torch.Tensor,   # `(B, P)` the other view
+    temperature:float=.2,  # small: the nearest strangers count most
+) -> tuple:                # (cross-entropy of naming the partner among 2B-1, share named right)
+    "Which of the other vectors of the batch shows the same recording?"
+    z,n = F.normalize(torch.cat([first, second]).float(), dim=1),len(first)
+    near = (z@z.T/temperature).fill_diagonal_(float('-inf'))
+    partner = torch.arange(2*n, device=z.device).roll(n)
+    return F.cross_entropy(near, partner), (near.argmax(1)==partner).float().mean()
+
 # %% ../nbs/11b_targets.ipynb #394b9890
 def outcome(
     metrics:dict,  # final ones of pretraining; of validation where there are any
@@ -107,6 +126,7 @@ def outcome(
     "Tokens named beside naming the commonest, or the error beside that of the mean frame."
     get = lambda k: metrics.get(f'val_{k}', metrics.get(k, float('nan')))
     share = lambda k: f'{100*get(k):.1f} %'
+    if 'masked_accuracy' not in metrics and 'val_loss' not in metrics and 'partner' in metrics: return share('partner'),"of views matched with their partner"
     if 'masked_accuracy' not in metrics: return f"{get('loss'):.4g}",f"squared error of hidden pixels; the mean frame has {get('mean_frame'):.4g}"
     return share('masked_accuracy'),(f"of hidden tokens named; the commonest alone: {share('commonest')}; where there are events "
                                      f"{share('masked_accuracy_filled')}, the commonest {share('commonest_filled')}")

@@ -29,7 +29,7 @@ class Draws:
     mirror:torch.Tensor=None    # `(B,)` bool: flipped along x
     shift:torch.Tensor=None     # `(2, B)` common shift in x and y, pixels
     corner:torch.Tensor=None    # `(2, B)` left and top edge of the crop, pixels
-    tilt:torch.Tensor=None      # `(B, 2, 3)` map of rotation, size and place
+    tilt:torch.Tensor=None      # `(B, 2, 3)` map of rotation, size, place and slant
     ops:torch.Tensor=None       # `(k, B)` RandAugment: places in `OPS`
     strength:torch.Tensor=None  # `(k, B)` and strengths in -1…1
     light:torch.Tensor=None     # `(1, B)` factors of brightness, or `(2, B)` of brightness and saturation
@@ -57,6 +57,7 @@ def scaled_size(
     "The size of the scaled sensor, at least that of the input."
     return tuple(max(int(s*scale_factor(d, sensor)+1e-6), n) for s,n in zip(sensor, d.input_size))
 
+# %% ../nbs/06b_views.ipynb #22e76e7a
 def draw_changes(
     b:int,                      # samples
     sensor:tuple,               # `(H, W)` in pixels
@@ -65,7 +66,7 @@ def draw_changes(
     jitter:float=0.,            # largest relative change of brightness
     saturation:float=0.,        # largest relative change of saturation; for histograms
 ) -> Draws:                     # on the generator's device
-    "Draw in this order: reversal, flip, shift, crop, tilt, RandAugment, light."
+    "Draw in this order: reversal, flip, shift, crop, tilt, shear, RandAugment, light."
     draw,where,new = {},generator.device,d.geometry=='events' and not d.original_frames
     ask = lambda p: _uniform(0, 1, b, generator, where) < p
     if d.time_flip: draw['back'] = ask(d.time_flip)
@@ -76,6 +77,9 @@ def draw_changes(
         draw['corner'] = torch.stack([_integers(0, r, (b,), generator, where) for r in room])
     size = sensor if new and d.frame_fit!='scale_crop' else d.input_size
     if d.rotate or d.scale or d.translate: draw['tilt'] = draw_tilt(b, size, d.rotate, d.scale, d.translate, generator)
+    if d.shear:
+        slant = _matrix(1, _uniform(-d.shear, d.shear, b, generator, where), 0, 0, 1, 0)
+        draw['tilt'] = join_maps(slant, draw['tilt']) if 'tilt' in draw else slant
     if d.rand_aug and d.representation=='histogram': draw['ops'],draw['strength'] = draw_ops(b, generator)
     if d.representation!='histogram': saturation = 0
     if jitter or saturation: draw['light'] = draw_light(b, jitter, saturation, generator)[:2 if saturation else 1]

@@ -2,7 +2,7 @@
 import numpy as np, pytest, torch
 from mem_nb.events import make_events
 from mem_nb.batches import batch_events, keep, unbatch_events
-from mem_nb.frames import (event_histogram, gamma_transform, histogram, log_transform, normalize_frames, remove_hot_pixels,
+from mem_nb.frames import (stacked_counts, event_histogram, gamma_transform, histogram, log_transform, normalize_frames, remove_hot_pixels,
                            resize_frames, time_surface, to_frames, voxel_grid)
 
 DEVICES = ['cpu', pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU'))]
@@ -22,7 +22,7 @@ def batch(recordings): return batch_events(recordings, SIZE, labels=[3,1,4,1,5])
 
 WAYS = [dict(), dict(timesurface=True, log=True), dict(size=(8,24), gamma=.5), dict(size=(16,16), fit='crop', gain=2),
         dict(normalize=False), dict(representation='voxel', voxel_bins=3),
-        dict(representation='voxel', voxel_bins=5, log=True, size=(9,9), normalize=False)]
+        dict(representation='voxel', voxel_bins=5, log=True, size=(9,9), normalize=False), dict(representation='stacked', voxel_bins=3, hot_pixel_stds=None)]
 
 # ---- batches
 def test_there_and_back(batch, recordings):
@@ -184,3 +184,13 @@ def test_evaluation_frames_are_the_originals_end_to_end(shared):
     assert torch.allclose(to_frames(sliced(5), (96,96))[0], torch.tensor(golden['out_seed5']), atol=1e-5)
     plain = to_frames(sliced(7), (96,96), hot_pixel_stds=None, normalize=False)   # counts / 255, as theirs
     assert torch.allclose(log_transform(plain)[0], torch.tensor(golden['out_seed7']), atol=1e-5)
+
+@pytest.mark.parametrize('bins', [1,3,4])
+def test_stacked_counts_keep_every_event_in_its_slice_of_time(batch, recordings, bins):
+    stacked = stacked_counts(batch, bins).unflatten(1, (2,bins))           # (B, 2, bins, H, W)
+    assert torch.equal(stacked.sum(2), histogram(batch).float())
+    for e,got in zip(recordings, stacked):
+        if not len(e): assert got.sum()==0; continue
+        t = (e['t']-e['t'][0])/max(1, e['t'][-1]-e['t'][0])
+        want = np.histogram(t, np.linspace(0, 1, bins+1))[0]
+        assert abs(got.sum((0,2,3)).numpy()-want).max()<=1                # float32 on an edge

@@ -7,7 +7,7 @@ from mem_nb.config import ORIGINAL, DataConfig, parse_config
 from mem_nb.data import make_frames
 from mem_nb.events import make_events, pack_events
 from mem_nb.batches import PackedBatch, batch_events, unbatch_events
-from mem_nb.frames import to_frames
+from mem_nb.frames import move_events, pixel_map, to_frames
 from mem_nb.views import Draws, crop_frames, draw_changes, level_op, make_views, scaled_size
 
 SIZE = (36,48)
@@ -26,7 +26,8 @@ def packed(lengths=(3000,0,1,700), size=SIZE):
 
 WAYS = [dict(), dict(geometry='frames'), dict(frame_fit='crop'), dict(frame_fit='scale_crop'), dict(frame_fit='scale_crop', geometry='frames'),
         dict(timesurface=True), dict(representation='voxel'), dict(logtrafo=True, gammatrafo=True), dict(rotate=20., scale=.2, translate=.1),
-        dict(rotate=20., geometry='frames'), dict(original=ORIGINAL), dict(original=ORIGINAL, frame_fit='scale_crop'), dict(event_drop=.3)]
+        dict(rotate=20., geometry='frames'), dict(original=ORIGINAL), dict(original=ORIGINAL, frame_fit='scale_crop'), dict(event_drop=.3),
+        dict(shear=.3), dict(shear=.3, rotate=20., geometry='frames'), dict(representation='stacked', voxel_bins=3)]
 
 # ---- packed batches
 def test_a_packed_batch_holds_the_same_events():
@@ -185,3 +186,16 @@ def test_how_the_tokenizer_cools_leaves_frames_as_they_are():
     d = DataConfig(**ALL, rotate=20.)
     assert torch.equal(make_frames(batch, d, seeded()), make_frames(batch, replace(d, original=('epoch_schedule',)), seeded()))
     assert not torch.equal(make_frames(batch, d, seeded()), make_frames(batch, replace(d, original=('bytes','epoch_schedule')), seeded()))
+
+def test_a_shear_slants_rows_and_keeps_them():
+    d = DataConfig(**ALL, shear=.4, rand_aug=False, flip=0., time_flip=0., max_random_shift_evs=0)
+    draws = draw_changes(200, SIZE, d, seeded(5))
+    (a,b,c),(e,f,g) = draws.tilt.permute(1,2,0)
+    assert (a==1).all() and (f==1).all() and not (c.any() or e.any() or g.any()) and .3<b.abs().max()<=.4 and b.min()<0<b.max()
+    batch,_ = packed((3000,))
+    inner = batch_events([events(3000, 1, (36,48))], (36,148))               # room for the slant on the right …
+    inner.x += 50                                                           # … and on the left
+    moved = move_events(inner, pixel_map(draws.tilt[:1], inner.size))
+    assert moved.num_events==3000 and torch.equal(moved.y, inner.y)
+    slope = ((moved.x-inner.x).float()*(inner.y-inner.y.float().mean())).sum()
+    assert torch.sign(slope)==-torch.sign(b[0])

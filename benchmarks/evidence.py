@@ -1,0 +1,183 @@
+"""Does pretraining help, how much? The study on 800 real N-MNIST recordings: 600 to learn from, 200 to report on.
+
+python benchmarks/evidence.py --data <folder with Train/<digit>/<id>.bin> --json benchmarks/evidence.json
+
+Stop it at any moment; the same command goes on, and the records hold what is finished. `--seeds 0 1`, `--labels 50 100` and `--arms` do a part.
+Nothing is tuned here: the recipes stand in configs/nmnist.conf and in ARMS, and were found on the training part (nbs/15d_recipes.ipynb).
+"""
+import argparse, json
+from pathlib import Path
+import matplotlib.pyplot as plt, numpy as np
+from scipy import stats
+from sklearn.linear_model import LogisticRegression
+from common import machine, record, table, write
+from mem_nb.config import load_config
+from mem_nb.data import all_frames
+from mem_nb.datasets import prepared
+from mem_nb.evaluate import frame_baselines, pretrained_encoder, simple_records
+from mem_nb.finetune import finetune_one, label_subset, run_name
+from mem_nb.pretrain import pretrain
+from mem_nb.store import EventStore, split_hash
+from mem_nb.tokenizer import tokenizer
+from mem_nb.train import is_done
+from mem_nb.viz import show_label_curve
+
+CONF = Path(__file__).parents[1]/'configs/nmnist.conf'
+ARMS = {                                    # what pretraining asks; same frames, encoder and number of steps
+    'two views':                 ['pt_hidden=0', 'pt_contrast=1'],                        # which hide half each, and must be matched
+    'two views, hidden pixels':  ['pt_hidden=1', 'pt_contrast=0.1'],
+    'hidden pixels (MAE)':       ['pt_hidden=1', 'pt_contrast=0'],
+    'hidden tokens (MEM)':       ['pt_hidden=1', 'pt_contrast=0', 'mae=0']}
+FIRST = next(iter(ARMS))
+SCRATCH = ['class_min_steps=800']    # a third more steps with few labels; the configuration has its learning rate, and no layer decay
+PLAIN = ['representation=histogram', 'frame_fit=crop', 'input_H=32', 'input_W=32']   # frames that throw time away, as before
+SEEDS = [0,1,2,3,4]
+GOALS = {50:85, 100:92, 600:98}
+SLUG = {arm:f'arm{i}' for i,arm in enumerate(ARMS)} | {'from scratch':'scratch'}
+
+def config_of(arm, args):
+    "The configuration of one kind of pretraining; all share one store, and the tokenizer where it is asked for."
+    return load_config(CONF, [f'data_path={args.data}', f'runs_dir={args.runs}', 'expweek=evidence', f'expname={SLUG[arm]}', *ARMS.get(arm, SCRATCH), *args.set])
+
+def stores(cfg): return EventStore(folder := prepared(cfg)),EventStore(folder, 'val')
+
+def frames_records(name, cfg, args):
+    "SVM, nearest neighbour, logistic regression and the commonest class on pixels; read where they were made before."
+    train,val = stores(cfg)
+    kept = Path(cfg.run.runs_dir)/f'evidence/{name}-{train.data_hash[:12]}.json'
+    if not kept.is_file(): write(kept, list(_frames_records(name, cfg, train, val)))
+    return [f for f in json.loads(kept.read_text()) if f['seed'] in args.seeds]
+
+def _frames_records(name, cfg, train, val):
+    x,val_x = (all_frames(s, cfg.data).flatten(1).numpy() for s in (train, val))
+    for n in cfg.finetune.labels:
+        for s in SEEDS if n!='all' else SEEDS[:1]:      # all of them are always the same
+            own = label_subset(train.labels, n, s)
+            y = train.labels[own]
+            found = frame_baselines(x[own], y, val_x, val.labels, s)
+            found.setdefault('logistic', LogisticRegression(C=.1, max_iter=200).fit(x[own], y).score(val_x, val.labels))
+            yield from (fact(f'{m} on {name}', len(own), k, a, train, own) for m,a in found.items() for k in (SEEDS if n=='all' else [s]))
+
+def fact(method, n, seed, accuracy, train, own, **more):
+    "One accuracy with all that identifies it."
+    return dict(method=method, labels=n, n_labels=n, seed=seed, accuracy=float(accuracy), split_hash=train.split_hash,
+                subset_hash=split_hash(train.names[own]), **more)
+
+def finished(cfg, method, n, seed): return is_done(cfg.folder/'finetune'/run_name(method, n, seed))
+
+def trained(arm, args, only_read=False):
+    "Finetunings of one arm, seed after seed; `only_read` gives those that are finished and trains nothing."
+    cfg,method = config_of(arm, args),'pretrained' if arm in ARMS else 'scratch'
+    train,val = stores(cfg)
+    for s in args.seeds:
+        for n in args.labels or cfg.finetune.labels:
+            if only_read and not finished(cfg, method, n, s): continue
+            r = finetune_one(cfg, train, val, method, n, s)
+            yield fact(arm, r['n_labels'], s, r['accuracy'], train, label_subset(train.labels, n, s), seconds=r['seconds'], steps=r['steps'])
+
+def frozen(arm, args):
+    "Nearest neighbour and linear probe on the features of the pretrained encoder, which nothing has finetuned."
+    cfg = config_of(arm, args)
+    cfg.finetune.seeds = tuple(args.seeds)
+    for r in simple_records(cfg, *stores(cfg), pretrained_encoder(cfg)):
+        if 'features' in r['method'] or r['method']=='linear probe':
+            yield {k:r[k] for k in ('labels','n_labels','seed','accuracy','split_hash','subset_hash')} | dict(method=f"{r['method'].removesuffix(' on features')}, {arm}")
+
+def pretrained(cfg): return is_done(cfg.folder/'pretrain')
+
+def collect(args):
+    "Everything that is finished, read from disk."
+    found = [*frames_records('frames', config_of(FIRST, args), args),
+             *frames_records('counts', load_config(CONF, [f'data_path={args.data}', f'runs_dir={args.runs}', *PLAIN]), args)]
+    for arm in ARMS:
+        if pretrained(config_of(arm, args)): found += [*frozen(arm, args), *trained(arm, args, True)]
+    return found + list(trained('from scratch', args, True))
+
+def difference(found, a, b, n):
+    "Mean of `a - b` over the draws both have seen, with its 95 % interval (Student's t); None without two draws."
+    seen = lambda m: {f['seed']:f for f in found if f['method']==m and f['n_labels']==n}
+    first,second = seen(a),seen(b)
+    both = sorted(first.keys() & second.keys())
+    assert all(first[s]['subset_hash']==second[s]['subset_hash'] for s in both), f'{a} and {b} saw other labels'
+    if len(both)<2: return None
+    d = 100*np.array([first[s]['accuracy']-second[s]['accuracy'] for s in both])
+    half = stats.t.ppf(.975, len(d)-1)*d.std(ddof=1)/len(d)**.5
+    return dict(mean=d.mean(), low=d.mean()-half, high=d.mean()+half, draws=len(d), wins=int((d>0).sum()))
+
+def means(found):
+    "Mean and spread over the draws for each method and budget, best first."
+    groups = {}
+    for f in found: groups.setdefault((f['n_labels'], f['method']), []).append(100*f['accuracy'])
+    rows = [dict(n_labels=n, method=m, mean=float(np.mean(a)), std=float(np.std(a, ddof=1)) if len(a)>1 else None, draws=len(a)) for (n,m),a in groups.items()]
+    return sorted(rows, key=lambda r: (r['n_labels'], -r['mean']))
+
+def summary(found, costs):
+    "Records: costs, means beside the best method on frames, paired differences, then every single accuracy."
+    rows,out = means(found),[dict(record(f'{k}: training', v, 'min', better='lower'), kind='cost') for k,v in costs.items()]
+    simple = [r for r in rows if r['method'].endswith((' on frames',' on counts'))]
+    best = {n:max((r for r in simple if r['n_labels']==n), key=lambda r: r['mean']) for n in {r['n_labels'] for r in simple}}
+    for r in rows:
+        goal = GOALS.get(r['n_labels']) if r['method']==FIRST else None
+        base = best[r['n_labels']]['mean'] if r['method'] in (*ARMS,'from scratch') or ', ' in r['method'] else None
+        out.append(dict(record(f"{r['method']}, {r['n_labels']} labels, mean of {r['draws']}", r['mean'], '%', base, goal), kind='mean', **r))
+    for n,b in sorted(best.items()):
+        others = [(a,o) for a in ARMS for o in ('from scratch',b['method'])] + [(f'{p}, {FIRST}',b['method']) for p in ('knn','linear probe')]
+        for a,o in others:
+            if d := difference(found, a, o, n):
+                out.append(dict(record(f'{a} minus {o}, {n} labels', d['mean'], 'points'), kind='difference', n_labels=n, a=a, b=o, **d))
+    return out + [dict(record(f"{f['method']}, {f['n_labels']} labels, seed {f['seed']}", 100*f['accuracy'], '%'), kind='draw', **f) for f in found]
+
+def costs(args):
+    "Minutes of training that the logs of the finished parts hold."
+    read = lambda folder: json.loads((folder/'log.jsonl').read_text().splitlines()[-1])['seconds']/60 if (folder/'log.jsonl').is_file() else None
+    out = {f'{step}, {arm}':read(config_of(arm, args).folder/step) for arm in ARMS for step in ('tokenizer','pretrain')}
+    return {k:v for k,v in out.items() if v}
+
+def figure(found, path):
+    "Accuracy against labels."
+    show = [FIRST, *[a for a in ARMS if a!=FIRST], 'from scratch', f'linear probe, {FIRST}', 'svm on frames', 'svm on counts']
+    fig,ax = plt.subplots(figsize=(8.6,4), layout='constrained')
+    show_label_curve([f for m in show for f in found if f['method']==m], ax=ax, title='Real N-MNIST, 200 held-out recordings: mean ± std over draws of labels')
+    for line in ax.lines:
+        if line.get_label() not in (*ARMS,'from scratch'): line.set(linestyle='--', linewidth=1.2, markersize=3)
+    ax.legend(loc='center left', bbox_to_anchor=(1,.5))
+    with plt.rc_context({'svg.hashsalt':'evidence'}): fig.savefig(path, metadata=dict(Date=None))
+    plt.close(fig)
+
+def save(args):
+    "Write what is finished, whatever part was asked for: records and figure."
+    args = argparse.Namespace(**vars(args) | dict(seeds=SEEDS, labels=None))
+    found = collect(args)
+    out = summary(found, costs(args))
+    out[0]['machine'] = machine()
+    if args.json:
+        write(args.json, out)
+        figure(found, Path(args.json).with_suffix('.svg'))
+    return out
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--data', default='data/nmnist', help='folder with Train/<digit>/<id>.bin')
+    parser.add_argument('--runs', default='runs', help='where the runs lie')
+    parser.add_argument('--json', help='file for the records; the figure lies beside it')
+    parser.add_argument('--seeds', type=int, nargs='+', default=SEEDS, help='draws of labels')
+    parser.add_argument('--labels', type=lambda n: n if n=='all' else int(n), nargs='+', help='numbers of labels, for a part of the study')
+    parser.add_argument('--arms', nargs='*', default=list(ARMS), choices=list(ARMS), help='kinds of pretraining')
+    parser.add_argument('--set', nargs='*', default=[], metavar='KEY=VALUE', help='settings for a trial; not for the study')
+    parser.add_argument('--collect', action='store_true', help='train nothing, only write down what is finished')
+    args = parser.parse_args()
+    seeds = args.seeds
+    for arm in [] if args.collect else args.arms:
+        cfg = config_of(arm, args)
+        if not cfg.pretrain.mae: tokenizer(cfg)
+        pretrain(cfg)
+        for s in seeds:                      # the first arm beside scratch, draw after draw: stopped early, both have the same
+            args.seeds = [s]
+            list(trained(arm, args))
+            if arm==FIRST: list(trained('from scratch', args))
+            args.seeds = seeds
+            save(args)
+    out = save(args)
+    print(table([r for r in out if r['kind']!='draw'])); print(machine())
+
+if __name__=='__main__': main()

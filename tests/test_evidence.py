@@ -1,0 +1,45 @@
+"The study: what it says must follow from the single accuracies that it keeps."
+import json, sys
+from pathlib import Path
+import numpy as np, pytest
+from scipy import stats
+
+BENCHMARKS = Path(__file__).parents[1]/'benchmarks'
+
+@pytest.fixture(scope='module')
+def evidence():
+    sys.path.insert(0, str(BENCHMARKS))
+    try: import evidence
+    finally: sys.path.remove(str(BENCHMARKS))
+    return evidence
+
+def draws(method, values, n=50): return [dict(method=method, labels=n, n_labels=n, seed=s, accuracy=a, subset_hash=f'h{s}', split_hash='s') for s,a in enumerate(values)]
+
+def test_an_interval_is_that_of_a_paired_t_test(evidence):
+    rng = np.random.default_rng(0)
+    a,b = rng.random((2,5))
+    got = evidence.difference(draws('a', a)+draws('b', b), 'a', 'b', 50)
+    want = stats.ttest_rel(100*a, 100*b).confidence_interval(.95)
+    assert got['low']==pytest.approx(want.low) and got['high']==pytest.approx(want.high)
+    assert got['draws']==5 and got['wins']==(a>b).sum()
+    assert evidence.difference(draws('a', a[:1])+draws('b', b), 'a', 'b', 50) is None      # one pair has no spread
+
+def test_only_the_same_labels_are_compared(evidence):
+    other = [dict(d, subset_hash='x') for d in draws('b', [.1,.2])]
+    with pytest.raises(AssertionError, match='other labels'): evidence.difference(draws('a', [.3,.4])+other, 'a', 'b', 50)
+
+def test_means_are_ordered_and_say_how_many_draws(evidence):
+    rows = evidence.means(draws('a', [.1,.3])+draws('b', [.9]))
+    assert [(r['method'],r['draws'],r['std'] is None) for r in rows]==[('b',1,True),('a',2,False)] and rows[1]['mean']==pytest.approx(20)
+
+@pytest.mark.skipif(not (BENCHMARKS/'evidence.json').is_file(), reason='the study was not run')
+def test_what_was_published_follows_from_its_draws(evidence):
+    kept = json.loads((BENCHMARKS/'evidence.json').read_text())
+    found = [r for r in kept if r['kind']=='draw']
+    assert len({r['split_hash'] for r in found})==1
+    for r in evidence.means(found):
+        said, = [k for k in kept if k['kind']=='mean' and (k['method'],k['n_labels'])==(r['method'],r['n_labels'])]
+        assert said['value']==pytest.approx(r['mean']) and said['draws']==r['draws']
+    for k in (k for k in kept if k['kind']=='difference'):
+        d = evidence.difference(found, k['a'], k['b'], k['n_labels'])
+        assert d['mean']==pytest.approx(k['mean']) and d['low']==pytest.approx(k['low'])
