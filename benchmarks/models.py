@@ -294,5 +294,6 @@ if __name__=='__main__':
     for part in args.parts:
         records += precision(args) if part=='precision' else models(args, part)
         print(table(records[-6:]), flush=True)
+        if args.json: write(args.json, records)      # a run that is cut short keeps what it has
     print(table(records)); print(machine())
-    if args.json: write(args.json, records); print(f'records: {args.json}')
+    if args.json: print(f'records: {args.json}')

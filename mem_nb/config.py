@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['check_config', 'load_config', 'parse_config', 'config_text', 'save_config', 'config_diff', 'process_rank', 'Stopped',
-           'METHODS', 'ORIGINAL', 'RunConfig', 'DataConfig', 'TokenizerConfig', 'EncoderConfig', 'PretrainConfig',
-           'FinetuneConfig', 'SlurmConfig', 'Config', 'conf_keys']
+           'on_signals', 'METHODS', 'ORIGINAL', 'RunConfig', 'DataConfig', 'TokenizerConfig', 'EncoderConfig',
+           'PretrainConfig', 'FinetuneConfig', 'SlurmConfig', 'Config', 'conf_keys']
 
 # %% ../nbs/00b_config.ipynb #f6ea4f83
-import configparser, difflib, os, warnings
+import configparser, difflib, os, signal, threading, warnings
+from contextlib import contextmanager
 from pathlib import Path
 from .settings import (METHODS, ORIGINAL, Config, DataConfig, EncoderConfig, FinetuneConfig, PretrainConfig, RunConfig,
                              SlurmConfig, TokenizerConfig, conf_keys)
@@ -160,3 +161,14 @@ def process_rank() -> tuple:  # number of this process, how many there are
 
 class Stopped(Exception):
     "A step was asked to stop from outside, and has saved; the same call continues."
+
+@contextmanager
+def on_signals(
+    handler,  # (number, frame) -> None; may raise
+):
+    "What USR1 and TERM, by which a cluster takes a machine back, do while this runs; nothing changes outside the main thread."
+    main = threading.current_thread() is threading.main_thread()
+    old = {s:signal.signal(s, handler) for s in (getattr(signal, n, None) for n in ('SIGUSR1','SIGTERM')) if s and main}
+    try: yield
+    finally:
+        for s,before in old.items(): signal.signal(s, before)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'DATASETS', 'Dataset', 'gesture_label', 'gesture_chunks', 'find_dataset', 'list_recordings', 'read_split',
-           'store_path', 'data_root', 'prepared', 'prepare', 'prepare_samples']
+           'store_path', 'data_root', 'prepared', 'part_of', 'prepare', 'prepare_samples']
 
 # %% ../nbs/04d_datasets.ipynb #8ea8ae5b
 import hashlib, os, re, time
@@ -18,7 +18,7 @@ from .formats import EventFileError, event_chunks
 from .pack import Recording, Sample, Window
 from .simulate import simulate_digits
 from .scenes import World, simulate_scenes
-from .store import check_ours, fingerprint, old_manifest, read_manifest, split_hash, write_store
+from .store import check_ours, fingerprint, old_manifest, read_manifest, split_hash, write_part, write_store
 
 # %% ../nbs/04d_datasets.ipynb #437d4836
 SUFFIXES = ('.bin','.dat','.raw','.aedat4','.h5','.hdf5','.npz','.npy','.txt','.csv')
@@ -176,13 +176,15 @@ def _settings(cfg):
     count,us = (0,d.window_us) if d.window_us else (d.slice_max_evs,0)
     return dataset.size, given, None if dataset.labelled else Window(count, us, d.window_overlap)
 
+def _made(d): return d.num_scenes if d.data_set=='scenes' else d.num_digits   # how many recordings are simulated
+
 def store_path(
     cfg:Config,  # configuration
 ) -> Path:       # folder of the packed store
     "Where the store of this configuration lies: a place of its own for each data path, split, sensor and window."
     d = cfg.data
     if d.store_path: return Path(d.store_path)
-    key = [d.data_path, d.data_set, d.num_scenes if d.data_set=='scenes' else d.num_digits, d.split_file, d.val_fraction, d.split_seed, *_settings(cfg)]
+    key = [d.data_path, d.data_set, _made(d), d.split_file, d.val_fraction, d.split_seed, *_settings(cfg)]
     return Path(cfg.run.runs_dir)/'stores'/f'{d.data_set}-{hashlib.sha256(repr(key).encode()).hexdigest()[:8]}'
 
 # %% ../nbs/04d_datasets.ipynb #3ff0cd75
@@ -199,18 +201,25 @@ def data_root(
     return root
 
 def _sources(cfg):
+    "The recordings of a configuration."
     d,root = cfg.data,data_root(cfg)
     return list_recordings(root, find_dataset(d.data_set), d.split_file, d.val_fraction, d.split_seed)
 
+def _door(cfg):
+    "The store's folder, what it depends on, the recordings' folder; ValueError where one would hurt the other."
+    folder,raw = store_path(cfg),Path(os.path.abspath(cfg.data.data_path))
+    if not (folder/'manifest.json').exists(): check_ours(folder)
+    if Path(os.path.abspath(folder)) in (raw, *raw.parents):
+        raise ValueError(f"the recordings in {cfg.data.data_path} lie within the store {folder}; set store_path to a folder of its own")
+    return folder, _settings(cfg), raw
+
+# %% ../nbs/04d_datasets.ipynb #ec5133f0
 def prepared(
     cfg:Config,  # data_path, data_set, split, sensor, windows
 ) -> Path:       # folder of the store
     "Pack the recordings of a configuration, unless that is done; raises where folder, files or split do not fit."
-    d,folder,settings = cfg.data,store_path(cfg),_settings(cfg)
-    if not (folder/'manifest.json').exists(): check_ours(folder)
-    if Path(os.path.abspath(folder)) in (raw := Path(os.path.abspath(d.data_path)), *raw.parents):
-        raise ValueError(f"the recordings in {d.data_path} lie within the store {folder}; set store_path to a folder of its own")
-    asked = repr((d.data_path, d.num_scenes if d.data_set=='scenes' else d.num_digits, d.data_set, *settings, d.split_file, d.val_fraction, d.split_seed))
+    d,folder,settings,raw = cfg.data,*_door(cfg)
+    asked = repr((d.data_path, _made(d), d.data_set, *settings, d.split_file, d.val_fraction, d.split_seed))
     manifest = old_manifest(folder)
     if manifest.get('asked')==asked and not raw.is_dir():
         print(f"{d.data_path} is gone; the store {folder} that was made of it is used as it is")
@@ -220,11 +229,29 @@ def prepared(
         write_store(sources, folder, *settings, cfg.run.prepare_workers, seen, data_set=d.data_set, asked=asked)
     return folder
 
+def part_of(
+    word:str,  # such as 3/100
+) -> tuple:    # (3, 100)
+    "Which part of how many; ValueError where the word does not say."
+    k,n = map(int, word.split('/')) if re.fullmatch(r'\d{1,5}/\d{1,5}', word) else (0,0)
+    if not 1<=k<=n: raise ValueError(f"prepare_part = {word!r} should be part/parts, such as 3/100")
+    return k,n
+
+def _prepare_part(cfg):
+    "Pack one part of the recordings; the plain step joins them."
+    (k,n),d,(folder,settings,_) = part_of(cfg.run.prepare_part),cfg.data,_door(cfg)
+    if d.data_set=='digits': raise ValueError("digits are simulated by one process; leave prepare_part out")
+    sources = _sources(cfg)
+    if old_manifest(folder).get('seen')==(seen := fingerprint(sources, d.data_set, *settings)): print(f'store {folder} is whole already')
+    else: print(f'part {k} of {n}: {write_part(sources, folder, k, n, seen, *settings, workers=cfg.run.prepare_workers)}')
+    return folder
+
 def prepare(
     cfg:Config,  # data_path, data_set, split, sensor, windows
 ) -> Path:       # folder of the store
-    "The step: `prepared`, and say what lies where."
+    "The step: `prepared`, or a part of it, and say what lies where."
     began = time.time()
+    if cfg.run.prepare_part: return _prepare_part(cfg)
     m = read_manifest(folder := prepared(cfg))
     print(f"store {folder}: {m['recordings']:,} recordings, {m['samples'][0]:,} + {m['samples'][1]:,} samples, {m['events']:,} events, "
           f"{len(m['refused'])} refused, split {m['split_hash']}; {time.time()-began:.1f} s")

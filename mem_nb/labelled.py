@@ -236,6 +236,7 @@ def pack_labelled(
     write_whole(note, json.dumps(dict(seen=seen, size=size, names={s:[i.name for i in items if i.split==s] for s in ('train','val')}, **hashes)))
     return folder
 
+# %% ../nbs/13d_labelled.ipynb #61f59566
 def _commonest_size(items):
     "The size `(H, W)` of most label maps, where no sensor is known."
     return Counter(read_map(i.label).shape for i in items[:100]).most_common(1)[0][0]

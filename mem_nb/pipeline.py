@@ -11,7 +11,7 @@ import argparse, os, sys, time, warnings
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
-from .config import Config, config_text, load_config, parse_config, process_rank, save_config, Stopped
+from .config import Config, config_text, load_config, on_signals, parse_config, process_rank, save_config, Stopped
 
 # %% ../nbs/18_pipeline.ipynb #7ae083f1
 STEPS = dict(prepare='mem_nb.datasets', tokenizer='mem_nb.tokenizer', pretrain='mem_nb.pretrain', finetune='mem_nb.finetune',
@@ -114,7 +114,7 @@ def watch(
     runs = status.find_runs(word, options.get('runs_dir', 'runs'))
     if not runs: return print(f"no runs below {options.get('runs_dir', 'runs')} yet; runs_dir=… looks elsewhere")
     if what=='status':
-        try: states = status.job_states([j['job'] for r in runs for j in status.noted_jobs(r)[-1:]])
+        try: states = status.job_states([j['job'] for r in runs for j in status.noted_jobs(r)])
         except OSError as e: states = print(f'{e}; so from the files alone:')
         return print(status.status_text([status.run_status(r, *_asked(r), states) for r in runs if _conf_of(r)]))
     if len(runs)>1: raise ValueError(f"{word or 'that'!r} means {len(runs)} runs; name one: {', '.join(map(str, runs[:8]))}")
@@ -146,6 +146,13 @@ def sweep(
 # %% ../nbs/18_pipeline.ipynb #8747f08f
 OTHERS = ('run','demo','predict','config','inspect','sweep','status','logs','cancel')   # commands that are no step
 
+def _submit(cfg, step, dry_run):
+    "One job, a job a step, or an array, as the configuration says."
+    slurm = import_module('mem_nb.slurm')
+    if step=='run' and cfg.slurm.chain: return slurm.submit_chain(cfg, steps_of(cfg), dry_run)
+    if step=='prepare' and cfg.run.prepare_parts>1: return slurm.submit_parts(cfg, dry_run)
+    return slurm.submit_step(cfg, step, dry_run)
+
 def command(
     step:str,            # a step, or one of OTHERS
     conf:str='',         # `.conf` file; for inspect a recording or a store; for status, logs and cancel a run
@@ -168,7 +175,7 @@ def command(
     overrides = [o for o in overrides if o.partition('=')[0] not in asked]
     cfg = load_config(find_conf(conf), overrides) if conf else parse_config('', overrides)
     if step=='config': print(config_text(cfg))
-    elif slurm or dry_run: return import_module('mem_nb.slurm').submit_step(cfg, 'run' if step=='demo' else step, dry_run)
+    elif slurm or dry_run: return _submit(cfg, 'run' if step=='demo' else step, dry_run)
     elif step in ('run','demo'): return run(cfg)
     elif step=='predict': return import_module('mem_nb.segmented').predict(cfg, **asked)
     else: return run_step(cfg, step)
@@ -209,6 +216,9 @@ EXAMPLES = """examples:
   mem_nb sweep configs/nmnist.conf seed=0,1,2 class_labels=50,100
 """
 
+def _stop(number, frame): raise Stopped("asked to stop; what is done is kept, and the same command continues")
+
+# %% ../nbs/18_pipeline.ipynb #4c9f80d9
 def main(
     argv=None,  # words of the command line; None: those of this process
 ):
@@ -226,7 +236,8 @@ def main(
     rank,world = process_rank()
     if rank: sys.stdout = open(os.devnull, 'w')     # the first one speaks; errors are told by whoever has them
     who = f' (process {rank} of {world})' if world>1 else ''
-    try: command(**vars(args))
+    try:
+        with on_signals(_stop): command(**vars(args))      # a training listens by itself, and saves first
     except KeyboardInterrupt: sys.exit('interrupted; run the same command again to continue')
     except Stopped as e: print(e, flush=True); sys.exit(75)
     except (KeyError, ValueError, OSError, ImportError, FloatingPointError) as e:

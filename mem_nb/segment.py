@@ -211,6 +211,7 @@ def frame_subset(
     if not 0<k<=n: raise ValueError(f"seg_labels asks for {k} labelled frames, there are {n}")
     return np.sort(np.random.default_rng([seed, 41]).permutation(n)[:k])
 
+# %% ../nbs/14_segment.ipynb #05dfe3d9
 @torch.no_grad()
 def segmentation_score(
     model:Segmenter,      # in eval mode
@@ -263,6 +264,7 @@ def _loss(cfg, model, weights):
         return total, dict(accuracy=((logits.argmax(1)==maps)&valid).sum()/valid.sum().clamp(min=1))
     return loss
 
+# %% ../nbs/14_segment.ipynb #f8e2f3f3
 def segment_one(
     cfg:Config,          # configuration
     train:LabelledSet,   # labelled frames are drawn from it
@@ -291,6 +293,7 @@ def segment_one(
     return dict(method=method, labels=str(labels), n_labels=len(chosen), seed=seed, steps=g.steps, seconds=metrics['seconds'],
                 **{k[4:]:v for k,v in metrics.items() if k.startswith('val_')})
 
+# %% ../nbs/14_segment.ipynb #cf91d02f
 def segment(
     cfg:Config,  # seg_methods, seg_labels and seg_seeds say what to train
 ) -> list:       # one record a run, see `segment_one`

@@ -29,6 +29,8 @@ class RunConfig:
     compile:bool = False       # torch.compile the model: minutes at the start, then faster on a GPU; needs a C compiler
     num_workers:int = 0        # processes that read batches; 0 reads in the training process
     prepare_workers:int = 0    # processes that prepare recordings; 0: one a core
+    prepare_parts:int = 1      # elements of the job array among which `mem_nb prepare --slurm` divides the recordings
+    prepare_part:str = ''      # which of them this process packs, such as 3/100; empty: all, and parts that lie there are joined
     save_minutes:float = 10.   # longest time between two saved training states
     allow_changes:bool = False # continue a step that was begun with other settings; they are printed
     log_every:int = 20         # steps between two lines of log.jsonl
@@ -266,6 +268,7 @@ class SlurmConfig:
     options:str = ''            # any other options of sbatch, such as --constraint=a100 --reservation=lab
     setup:str = ''              # a line of shell before the work, such as: module load cuda; source .venv/bin/activate
     container:str = ''          # words before the command, such as: apptainer exec --nv image.sif
+    chain:bool = False          # of `run`: a job a step, each after the one before it, and packing without a GPU
 
     positive = ('nodes','cpus_per_task','processes')
 

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['ENTRY', 'RANKS', 'BATCH', 'ABOUT', 'OVER', 'job_options', 'batch_text', 'snapshot', 'keep_text', 'write_job',
-           'ask_slurm', 'submit', 'note_job', 'submit_step', 'noted_jobs', 'job_states', 'live_jobs']
+           'ask_slurm', 'submit', 'note_job', 'submit_step', 'noted_jobs', 'job_states', 'live_jobs', 'submit_chain',
+           'submit_parts']
 
 # %% ../nbs/17_slurm.ipynb #f86fdb42
 import hashlib, json, os, re, shlex, shutil, subprocess, sys, time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 import mem_nb
 from .config import Config, SlurmConfig, config_text
@@ -117,13 +119,14 @@ def keep_text(
 def write_job(
     cfg:Config,    # of the run
     step:str,      # run, or a step
+    slurm=None,    # machines, GPUs …; None: as the configuration says
 ) -> Path:         # the batch script, below slurm/ in the run folder
     "Write all that a job needs; OSError where the run folder cannot be written."
     folder = Path(os.path.abspath(cfg.folder))
-    slurm = folder/'slurm'
+    place = folder/'slurm'
     try:
-        conf = keep_text(slurm, f'{step}.conf', config_text(cfg))
-        return keep_text(slurm, f'{step}.sh', batch_text(cfg.slurm, step, conf, snapshot(slurm), folder))
+        conf = keep_text(place, f'{step}.conf', config_text(cfg))
+        return keep_text(place, f'{step}.sh', batch_text(slurm or cfg.slurm, step, conf, snapshot(place), folder))
     except OSError as e: raise OSError(f"cannot write into the run folder {cfg.folder}: {e.strerror.lower()}; runs_dir = … says where runs lie") from None
 
 # %% ../nbs/17_slurm.ipynb #cb4f294d
@@ -170,13 +173,22 @@ def submit_step(
     dry_run:bool=False, # write and show the script, and submit nothing
 ) -> str:               # number of the job; '' for a dry run
     "What `mem_nb STEP CONF --slurm` does."
-    if not dry_run and (jobs := live_jobs(cfg.folder)): raise ValueError(f"job {', '.join(jobs)} already works on {cfg.folder}; `mem_nb cancel {cfg.folder}` ends it")
+    if not dry_run: _check_free(cfg.folder)
     script = write_job(cfg, step)
     print(f'{script.read_text()}\nscript: {script}')
     if dry_run: return ''
     note_job(cfg.folder, job := submit(script), step, log=str(script.parent/f'{job}.log'))
-    print(f'job {job}; follow it: mem_nb status {cfg.folder}; mem_nb logs {cfg.folder}; mem_nb cancel {cfg.folder}')
+    print(_follow(cfg, job))
     return job
+
+def _check_free(folder):
+    if jobs := live_jobs(folder): raise ValueError(f"job {', '.join(jobs)} already works on {folder}; `mem_nb cancel {folder}` ends it")
+
+def _follow(cfg, *jobs): return f"job {', '.join(jobs)}; follow it: mem_nb status {cfg.folder}; mem_nb logs {cfg.folder}; mem_nb cancel {cfg.folder}"
+
+def _packing(slurm): return replace(slurm, nodes=1, gpu_num=0, processes=1)     # needs no GPU
+
+def _after(job): return [f'--dependency=afterok:{job}', '--kill-on-invalid-dep=yes'] if job else []
 
 # %% ../nbs/17_slurm.ipynb #ad82a828
 OVER = ('COMPLETED','FAILED','CANCELLED','TIMEOUT','NODE_FAIL','OUT_OF_MEMORY','PREEMPTED','BOOT_FAIL','DEADLINE')   # a job that does not come back
@@ -206,3 +218,39 @@ def live_jobs(
 ) -> list:        # numbers of its jobs that wait or run
     "Jobs of a run that are in the queue now."
     return list(job_states([j['job'] for j in noted_jobs(folder)]) or {})
+
+# %% ../nbs/17_slurm.ipynb #b9f7970b
+def submit_chain(
+    cfg:Config,         # of the run
+    steps:list,         # names, in order
+    dry_run:bool=False, # write and show the scripts, and submit nothing
+) -> list:              # numbers of the jobs
+    "A job a step, each after the one before it; where one fails, SLURM removes those that wait for it."
+    if not dry_run: _check_free(cfg.folder)
+    scripts,jobs = [write_job(cfg, s, _packing(cfg.slurm) if s=='prepare' else None) for s in steps],['']
+    print(f'{scripts[0].read_text()}\nscripts, one after the other:', *scripts, sep='\n')
+    for step,script in zip(steps, [] if dry_run else scripts):
+        jobs.append(submit(script, *_after(jobs[-1])))
+        note_job(cfg.folder, jobs[-1], step, log=str(script.parent/f'{jobs[-1]}.log'), after=jobs[-2])
+    if jobs[1:]: print(_follow(cfg, *jobs[1:]))
+    return jobs[1:]
+
+def submit_parts(
+    cfg:Config,         # of the run; `prepare_parts` says how many
+    dry_run:bool=False, # write and show the script, and submit nothing
+) -> list:              # numbers of the array and of the job that joins
+    "Pack recordings by a job array, each element a part of them, and join the parts."
+    if not dry_run: _check_free(cfg.folder)
+    n,place,packing = cfg.run.prepare_parts,Path(os.path.abspath(cfg.folder))/'slurm',_packing(cfg.slurm)
+    joining = write_job(cfg, 'prepare', packing)
+    part = lambda k: replace(cfg, run=replace(cfg.run, prepare_part=f'{k}/{n}'))
+    listed = keep_text(place, 'prepare.list', ''.join(f"{keep_text(place, 'part.conf', config_text(part(k)))}\n" for k in range(1, n+1)))
+    script = keep_text(place, 'parts.sh', batch_text(packing, 'prepare', listed, snapshot(place), place.parent, n))
+    print(f'{script.read_text()}\nscript: {script}, then {joining}')
+    if dry_run: return []
+    array = submit(script)
+    for k in range(n): note_job(cfg.folder, f'{array}_{k}', 'prepare', log=str(place/f'{array}_{k}.log'))
+    job = submit(joining, *_after(array))
+    note_job(cfg.folder, job, 'prepare', log=str(place/f'{job}.log'), after=f'{array}_{n-1}')
+    print(_follow(cfg, array, job))
+    return [array, job]

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MANY', 'is_run', 'runs_below', 'find_runs', 'last_lines', 'last_record', 'progress', 'finished', 'current',
-           'last_words', 'afterwards', 'job_word', 'worker', 'run_status', 'duration', 'status_text', 'logs', 'cancel']
+           'last_words', 'afterwards', 'standing_job', 'job_word', 'worker', 'run_status', 'duration', 'status_text',
+           'logs', 'cancel']
 
 # %% ../nbs/17b_status.ipynb #5dd25af2
 import fcntl, json, os, re, shutil, struct, subprocess, time
@@ -116,18 +117,32 @@ def afterwards(
         if m := re.search(found, out): return m[1]
     return ''
 
+def standing_job(
+    jobs:list,    # from `noted_jobs`, at least one
+    states:dict,  # of those in the queue
+    begun:set,    # numbers of those that have begun
+) -> dict:        # one of the jobs
+    "The job that stands for a run: one that runs, else one that waits, else the newest, or the one before it in a chain that broke."
+    queue = [j for j in jobs if j['job'] in states]
+    if queue: return next((j for j in queue if states[j['job']][0]=='RUNNING'), queue[0])
+    numbers,job = {j['job']:j for j in jobs},jobs[-1]
+    while job['job'] not in begun and job.get('after') in numbers: job = numbers[job['after']]
+    return job
+
 def job_word(
     folder:Path,  # of a run
     states:dict,  # from `job_states`; None where nobody can be asked
 ) -> tuple:       # state, why
-    "What became of the newest job of a run; ('','') where there was none."
+    "What became of the job that stands for a run; ('','') where there was none."
     if not (jobs := noted_jobs(folder)): return '',''
-    job,log = jobs[-1]['job'],Path(jobs[-1].get('log') or folder/'slurm'/'none')
+    told = [json.loads(l) for l in last_lines(folder/'slurm'/'history.jsonl', 50)]
+    chosen = standing_job(jobs, states or {}, {e['job'] for e in told})
+    job,log = chosen['job'],Path(chosen.get('log') or folder/'slurm'/'none')
     if states and job in states:
         state,reason,nodes,left = states[job]
         if state=='RUNNING': return 'running',f'job {job} on {nodes}, {left} left to it'
         return ('queued' if state=='PENDING' else state.lower()),f'job {job}: {reason}'
-    events = [e for e in map(json.loads, last_lines(folder/'slurm'/'history.jsonl', 50)) if e['job']==job]
+    events = [e for e in told if e['job']==job]
     event,code = (events[-1]['event'],events[-1]['code']) if events else ('','')
     if event=='done': return 'ended',''
     if event=='failed': return 'failed',f'job {job}: {last_words(log) or f"ended with {code}"}'

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VERSION', 'OURS', 'split_hash', 'write_index', 'fingerprint', 'check_ours', 'locked', 'cores', 'write_store',
-           'read_manifest', 'old_manifest', 'read_sources', 'EventStore']
+           'write_part', 'read_manifest', 'old_manifest', 'read_sources', 'EventStore']
 
 # %% ../nbs/04c_store.ipynb #0a95cdbc
 import errno, fcntl, hashlib, json, os, re, shutil, zlib
@@ -79,7 +79,7 @@ def fingerprint(sources, *settings) -> str:
     "Changes with any source's name, size or date, and with the settings."
     return split_hash([repr(settings), *(f'{s.split}/{s.name} {s.stamp()}' for s in sources)])
 
-OURS = re.compile(r'manifest\.json|sources\.jsonl|seen|(train|val)(\.events|\.npz|-\d{7}\.json)|.*\.part')
+OURS = re.compile(r'manifest\.json|sources\.jsonl|seen|whole|(train|val)(\.events|\.npz|-\d{7}\.json)|.*\.part')
 
 def check_ours(folder):
     "Raise ValueError if a folder holds anything that no store holds, so that nobody's files are ever removed."
@@ -124,21 +124,33 @@ def write_store(
 ) -> dict:               # the manifest
     "Pack sources into a store; interrupted, the same call continues. ValueError where a split or a class keeps no readable one."
     folder,seen = Path(os.path.abspath(folder)),seen or fingerprint(sources, size, given, window)
-    aside,old = (folder.with_name(folder.name+end) for end in ('.preparing','.old'))
+    aside,old,parts = (folder.with_name(folder.name+end) for end in ('.preparing','.old','.parts'))
     _check_classes(sources)
     with locked(folder, 'preparing'):
         for f in (folder,aside,old): check_ours(f)
-        told = aside/'seen'
-        if aside.exists() and (not told.exists() or told.read_text()!=f'{VERSION} {seen}'): shutil.rmtree(aside)
-        aside.mkdir(exist_ok=True)
-        write_whole(told, f'{VERSION} {seen}')
-        try: manifest = _fill_store(sources, aside, size, given, window, workers or cores(), dict(seen=seen, **facts))
+        _begin(aside, seen)
+        try:
+            with _full_disk_told(folder):
+                if places := _whole_parts(parts, seen): _join_parts(places, sources, aside)
+                manifest = _fill_store(sources, aside, size, given, window, workers or cores(), dict(seen=seen, **facts))
         except ValueError: shutil.rmtree(aside); raise
-        except OSError as e:
-            if e.errno not in (errno.ENOSPC, errno.EDQUOT): raise
-            raise OSError(e.errno, f"the disk is full; {folder} needs 8 bytes an event. Free some space and run the same command again, it continues; or set store_path") from None
         _swap(aside, folder, old)
+        shutil.rmtree(parts, ignore_errors=True)
     return manifest
+
+def _begin(aside, seen):
+    "A folder in which packing goes on; what was begun of other sources or settings is removed."
+    told = aside/'seen'
+    if aside.exists() and (not told.exists() or told.read_text()!=f'{VERSION} {seen}'): shutil.rmtree(aside)
+    aside.mkdir(parents=True, exist_ok=True)
+    write_whole(told, f'{VERSION} {seen}')
+
+@contextmanager
+def _full_disk_told(folder):
+    try: yield
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT): raise
+        raise OSError(e.errno, f"the disk is full; {folder} needs 8 bytes an event. Free some space and run the same command again, it continues; or set store_path") from None
 
 def _swap(aside, folder, old):
     "The new store takes its name; killed at any point, the same call swaps again."
@@ -168,6 +180,57 @@ def _fill_store(sources, aside, size, given, window, workers, facts):
                     index={s:file_hash(aside/f'{s}.npz') for s in ('train','val')}, **facts, refused=refused)
     write_whole(aside/'manifest.json', json.dumps(manifest, indent=1))
     return manifest
+
+# %% ../nbs/04c_store.ipynb #37cbb4ae
+def _share(sources, part, parts): return slice(len(sources)*(part-1)//parts, len(sources)*part//parts)
+
+def write_part(
+    sources:list,        # Recordings or Samples, train and val: all of them
+    folder:str|Path,     # the store
+    part:int,            # which part of the sources, from 1
+    parts:int,           # how many parts there are
+    seen:str,            # fingerprint of sources and settings
+    *how,                # size, given, window, as for `write_store`
+    workers:int=0,       # processes; 0: one a core
+) -> Path:               # the part's folder
+    "Pack one of several parts of a store, for `write_store` to join; interrupted, the same call continues."
+    folder = Path(os.path.abspath(folder))
+    place = folder.with_name(folder.name+'.parts')/f'{part:05d}-of-{parts:05d}'
+    _check_classes(sources)
+    with locked(place, 'packing'), _full_disk_told(place):
+        check_ours(place)
+        _begin(place, seen)
+        for split in ('train','val'):
+            of_split = [s for s in sources if s.split==split]
+            write_split(of_split[_share(of_split, part, parts)], place, split, workers or cores(), *how)
+        write_whole(place/'whole', f'{VERSION} {seen}')
+    return place
+
+def _whole_parts(folder, seen):
+    "The parts of a store, in order; ValueError where one is not whole, [] where the folder holds none."
+    places = sorted(folder.glob('?????-of-?????'))
+    if not places: return []
+    total = places[0].name[-5:]
+    wanted = [folder/f'{k:05d}-of-{total}' for k in range(1, int(total)+1)]
+    poor = [p.name for p in wanted if not (p/'whole').exists() or (p/'whole').read_text()!=f'{VERSION} {seen}']
+    if poor or len(places)>len(wanted):
+        raise ValueError(f"{folder}: {len(poor)} of {int(total)} parts are not packed whole, or of other recordings or settings, {', '.join(poor[:3])}; run their jobs again, or remove {folder} to pack everything here")
+    return wanted
+
+def _join_parts(places, sources, aside):
+    "Put parts behind one another, and their notes, as one process would have written them; what is joined already stays."
+    for split in ('train','val'):
+        of_split,(done,_,_),group,end = [s for s in sources if s.split==split],done_groups(aside, split),0,0
+        for k,place in enumerate(places, 1):
+            first = _share(of_split, k, len(places)).start
+            notes = [json.loads(p.read_text(encoding='utf-8')) for p in sorted(place.glob(f'{split}-*.json'))]
+            if group+len(notes)>done:
+                with open(aside/f'{split}.events', 'r+b') as flat, open(place/f'{split}.events', 'rb') as part:
+                    flat.seek(end); shutil.copyfileobj(part, flat, 2**20)
+                for i,n in enumerate(notes, group):
+                    facts = [dict(f, at=f['at']+first) for f in n['facts']]
+                    write_whole(aside/f'{split}-{i:07d}.json', json.dumps(dict(n, place=end+n['place'], stop=first+n['stop'], facts=facts)))
+            group,end = group+len(notes),end+sum(n['size'] for n in notes)
 
 # %% ../nbs/04c_store.ipynb #79bffd62
 def read_manifest(folder) -> dict:

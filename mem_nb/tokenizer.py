@@ -22,7 +22,7 @@ from .data import eval_batches, make_frames, num_steps, train_batches
 from .train import fit, load_weights, step_seed, step_settings, weights_hash
 from .codes import best_codes, draw_codes, gumbel_weights, kl_to_uniform, usage_loss
 from .upsample import Upsample, pointwise
-from .viz import show_reconstructions
+from .viz import show_code_shares, show_reconstructions
 
 _all_ = ['draw_codes','gumbel_weights','kl_to_uniform','usage_loss']   # from `codes`
 
@@ -316,5 +316,6 @@ def _judge(cfg, train, val):
         batch = next(eval_batches(val, eight, max_events=cfg.data.slice_max_evs))
         frames = make_frames(batch.to(next(vae.parameters()).device), cfg.data)
         rows = {'frame':frames.cpu(), 'decoded':reconstruct(vae, frames).cpu()}
-        return dict(reconstructions=show_reconstructions(rows))
+        counts = torch.bincount(vae.tokens(frames).flatten(), minlength=vae.num_tokens).cpu()
+        return dict(reconstructions=show_reconstructions(rows), codes=show_code_shares({f'{len(frames)} frames':counts}).figure)
     return dict(validate=lambda vae: tokenizer_metrics(vae, val, cfg.data, mean(), cfg.tokenizer.loss), media=media)

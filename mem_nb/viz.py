@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BRIGHTER', 'DARKER', 'HIDDEN', 'LINES', 'STYLE', 'style', 'show_events', 'show_rate', 'frame_to_rgb', 'show_frame',
            'show_frames', 'show_mask', 'token_colors', 'show_tokens', 'show_reconstructions', 'show_codebook',
-           'show_curves', 'show_confusion', 'show_label_curve', 'fig_to_base64']
+           'show_code_shares', 'show_curves', 'show_confusion', 'show_label_curve', 'fig_to_base64']
 
 # %% ../nbs/03_viz.ipynb #165a2c5d
 import base64, io
@@ -208,6 +208,22 @@ def show_codebook(
     fig = show_frames([decoded[int(i)] for i in order], [f'{s:.1f} %' for s in share], cols)
     fig.suptitle(f'{(counts>0).sum()} of {len(counts)} codes in use, commonest first', fontsize=10)
     return fig
+
+@style()
+def show_code_shares(
+    counts:dict,     # name of the line -> `(K,)` how often each code was used
+    ax=None,         # axes; None makes a figure
+    title:str='Codes by frequency: a slope is health, a cliff is collapse', # what to see
+):                   # the axes
+    "Share of the tokens that the commonest code has, the second, and so on; unused codes are left out of the line."
+    ax = _axes(ax, (5.5,2.8))
+    for color,(name,c) in zip(LINES*9, counts.items()):
+        c = _array(c)
+        used = np.sort(c[c>0])[::-1]
+        ax.plot(range(1, len(used)+1), 100*used/c.sum(), '.-', color=color, markersize=3, label=f'{name}: {len(used)} of {len(c)}')
+    ax.axhline(100/len(c), color='k', linewidth=.8, linestyle=':'); ax.text(1, 100/len(c), 'all alike', va='bottom', fontsize=8)
+    ax.set(xlabel='code, by rank', ylabel='share of the tokens (%)', yscale='log', title=title); ax.legend()
+    return ax
 
 # %% ../nbs/03_viz.ipynb #3e109bc2
 def _smoothed(x, y, width):

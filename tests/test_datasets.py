@@ -200,3 +200,12 @@ def test_stores_of_another_version_are_prepared_again(tmp_path):
     cfg = conf(tmp_path/'raw', tmp_path, 'folder'); folder = prepare(cfg)
     m = json.loads((folder/'manifest.json').read_text()); m['version'] = 2; (folder/'manifest.json').write_text(json.dumps(m))
     assert read_manifest(prepare(cfg))['version']==3
+
+def test_a_part_is_asked_for_by_its_number(digits, tmp_path):
+    text = f'data_set = folder\ndata_path = {digits}\nruns_dir = {tmp_path}\nprepare_workers = 1\n'
+    for word in ('3','0/3','4/3','a/b'):
+        with pytest.raises(ValueError, match='should be part/parts, such as 3/100'): prepare(parse_config(text + f'prepare_part = {word}'))
+    for k in (1,2): folder = prepare(parse_config(text + f'prepare_part = {k}/2'))
+    assert not folder.exists()
+    assert prepare(parse_config(text))==folder and read_manifest(folder)['recordings']==60 and not folder.with_name(folder.name+'.parts').exists()
+    with pytest.raises(ValueError, match='digits are simulated by one process'): prepare(parse_config(f'data_path = {tmp_path}/d\nruns_dir = {tmp_path}\nprepare_part = 1/2\ndata_set = digits'))

@@ -1,5 +1,5 @@
 "The whole way, as a user goes it: the command line, and kill -9 in the middle of every training step."
-import json, os, signal, subprocess, sys
+import json, os, shutil, signal, subprocess, sys
 from pathlib import Path
 import pytest
 from conftest import TINY
@@ -55,6 +55,34 @@ def test_run_goes_from_recordings_to_a_report(whole):
     assert summary['splits']['split_hash'] in (run/'report.html').read_text()
     assert {p.name for p in (run/'finetune').iterdir()}=={'pretrained_40_seed0','scratch_40_seed0'}
     assert not list(run.rglob('last')) and not list(run.rglob('*.tmp'))
+
+SIGNALLED = """
+import os, signal, sys
+import mem_nb.evaluate, mem_nb.pack
+def sent(function):
+    def first(*args, **kwargs):
+        os.kill(os.getpid(), getattr(signal, sys.argv[2]))
+        return function(*args, **kwargs)
+    return first
+module,name = sys.argv[1].split('.')
+place = getattr(mem_nb, module)
+setattr(place, name, sent(getattr(place, name)))
+from mem_nb.pipeline import main
+main(['run', sys.argv[3]])
+"""
+
+@pytest.mark.parametrize('where,name', [('pack.pack_source','SIGTERM'), ('evaluate.evaluate','SIGUSR1')])
+def test_a_signal_outside_of_a_training_ends_with_status_75_and_the_same_command_continues(whole, tmp_path, where, name):
+    folder,_ = whole
+    shutil.copytree(folder/'runs', tmp_path/'runs')
+    if where.startswith('pack'): shutil.rmtree(tmp_path/'runs'/'stores')
+    (tmp_path/'x.conf').write_text((folder/'x.conf').read_text().replace(str(folder/'runs'), str(tmp_path/'runs')))
+    done = python('-c', SIGNALLED, where, name, str(tmp_path/'x.conf'))
+    assert done.returncode==75 and 'asked to stop; what is done is kept, and the same command continues' in done.stdout, done.stderr[-2000:]
+    assert not (tmp_path/'runs'/'tiny'/'failed.txt').exists()
+    done = python(*MEM_NB, 'run', str(tmp_path/'x.conf'))
+    assert done.returncode==0, done.stderr[-2000:]
+    assert (tmp_path/'runs'/'tiny'/'finetune'/'scratch_40_seed0'/'final.safetensors').exists()
 
 def test_kill_9_in_every_training_step_ends_bit_equal(whole, tmp_path_factory):
     folder,_ = whole

@@ -5,8 +5,9 @@ import pytest
 import slurm_cluster
 from conftest import TINY
 from mem_nb.config import Stopped, parse_config
+from mem_nb.datasets import prepared, store_path
 from mem_nb.pipeline import command, watch
-from mem_nb.slurm import job_options, job_states, live_jobs, noted_jobs, submit_step, write_job
+from mem_nb.slurm import job_options, job_states, live_jobs, noted_jobs, submit_chain, submit_parts, submit_step, write_job
 from mem_nb.status import run_status
 from mem_nb.sweep import elements, submit_sweep
 
@@ -224,6 +225,27 @@ def test_the_code_of_a_queued_job_is_that_of_its_submission(cluster, tmp_path):
     cluster.wait(lambda: not live_jobs(cfg.folder), 'the real program to prepare', 60)
     log = Path(noted_jobs(cfg.folder)[-1]['log']).read_text()
     assert 'this is the copy' in log and 'store ' in log, log
+
+def test_files_are_packed_by_an_array_and_joined(cluster, tmp_path, digits):
+    here,there = (parse_config(SMALL + f'data_set = folder\ndata_path = {digits}\nprepare_parts = 3', [f'runs_dir={tmp_path}/{n}']) for n in ('here','there'))
+    submit_parts(there)
+    cluster.wait(lambda: not live_jobs(there.folder), 'the parts to be packed and joined', 120)
+    said = [Path(j['log']).read_text() for j in noted_jobs(there.folder)]
+    assert [f'part {k} of 3' in said[k-1] for k in (1,2,3)]==[True]*3 and 'store ' in said[3], said
+    one,other = prepared(here),store_path(there)
+    for p in one.iterdir(): assert p.read_bytes().replace(b'/here', b'/there')==(other/p.name).read_bytes(), p.name
+    assert not other.with_name(other.name+'.parts').exists()
+
+@pytest.mark.parametrize('fail_at', [None, 3])
+def test_the_steps_of_a_chain_wait_for_each_other(cluster, tmp_path, fail_at):
+    cfg = parse_config(SMALL + f"expname = chained\nslurm_container = {sys.executable} {HERE/'standin.py'}", [f'runs_dir={tmp_path}'])
+    cfg.folder.mkdir()
+    (cfg.folder/'plan.json').write_text(json.dumps(dict(steps=6, fail_at=fail_at)))
+    first,second = submit_chain(cfg, ['tokenizer','pretrain'])
+    cluster.wait(lambda: not live_jobs(cfg.folder), 'the chain to end', 60)
+    events = [(e['job'],e['event']) for e in map(json.loads, (cfg.folder/'slurm'/'history.jsonl').read_text().splitlines())]
+    assert events==[(first,'start'),(first,'failed')] if fail_at else [(first,'start'),(first,'done'),(second,'start'),(second,'done')]
+    assert run_status(cfg.folder, STEPS, 1, {})['state']==('failed' if fail_at else 'done')
 
 @pytest.mark.skipif(not os.environ.get('MEM_NB_LONG'), reason='takes two to three minutes; MEM_NB_LONG=1 runs it')
 def test_the_real_training_on_two_nodes_is_interrupted_and_ends_as_an_unbroken_one(cluster, tmp_path):

@@ -5,7 +5,8 @@ import numpy as np, pytest
 from mem_nb.events import make_events
 from mem_nb.formats import read_events
 from mem_nb.pack import Recording, Sample
-from mem_nb.store import EventStore, read_manifest, read_sources, write_store
+from mem_nb import store
+from mem_nb.store import EventStore, fingerprint, read_manifest, read_sources, write_part, write_store
 
 @pytest.fixture
 def sources(digits): return [Recording(p, p.parent.name, 'train' if i%4 else 'val') for i,p in enumerate(sorted(digits.glob('*/*.bin')))]
@@ -111,3 +112,37 @@ def test_leftovers_of_other_settings_are_not_taken_for_good(sources, tmp_path):
     os.rename(tmp_path/'a', tmp_path/'b.preparing')
     m = write_store(sources[:20], tmp_path/'b', (34,34), workers=1)
     assert m['recordings']==20 and EventStore(tmp_path/'b').damaged()==[]
+
+
+def test_parts_that_are_packed_apart_make_the_same_store_whatever_kills_them(sources, folder, tmp_path):
+    seen,how = fingerprint(sources, (34,34), None, None),((34,34), None, None)
+    for k in (2,1,3): write_part(sources, tmp_path/'apart', k, 3, seen, *how, workers=1)
+    place = tmp_path/'apart.parts'/'00002-of-00003'
+    (place/'whole').unlink()
+    with pytest.raises(ValueError, match='1 of 3 parts are not packed whole, .*00002-of-00003; run their jobs again, or remove .*parts'):
+        write_store(sources, tmp_path/'apart', (34,34), workers=1, seen=seen)
+    notes = sorted(place.glob('train-*.json'))
+    notes[-1].unlink()                                          # killed before it was noted
+    write_part(sources, tmp_path/'apart', 2, 3, seen, *how, workers=1)
+    write_store(sources, tmp_path/'apart', (34,34), workers=1)
+    assert {p.name for p in (tmp_path/'apart').iterdir()}=={p.name for p in folder.iterdir()} and not place.parent.exists()
+    for p in folder.iterdir(): assert p.read_bytes()==(tmp_path/'apart'/p.name).read_bytes(), p.name
+
+@pytest.mark.parametrize('at', [1, 3, 5])
+def test_a_kill_while_parts_are_joined_costs_nothing(sources, folder, tmp_path, monkeypatch, at):
+    seen = fingerprint(sources, (34,34), None, None)
+    for k in (1,2,3): write_part(sources, tmp_path/'apart', k, 3, seen, (34,34), None, None, workers=1)
+    whole,calls = store.write_whole,[]
+    def dies(path, text):
+        if path.name.startswith(('train-','val-')): calls.append(path)
+        if len(calls)==at: raise KeyboardInterrupt
+        whole(path, text)
+    monkeypatch.setattr(store, 'write_whole', dies)
+    with pytest.raises(KeyboardInterrupt): write_store(sources, tmp_path/'apart', (34,34), workers=1)
+    monkeypatch.setattr(store, 'write_whole', whole)
+    write_store(sources, tmp_path/'apart', (34,34), workers=1)
+    for p in folder.iterdir(): assert p.read_bytes()==(tmp_path/'apart'/p.name).read_bytes(), p.name
+
+def test_parts_of_other_recordings_are_not_joined(sources, tmp_path):
+    for k in (1,2): write_part(sources, tmp_path/'apart', k, 2, 'other', (34,34), None, None, workers=1)
+    with pytest.raises(ValueError, match='2 of 2 parts are not packed whole, or of other recordings'): write_store(sources, tmp_path/'apart', (34,34), workers=1)

@@ -159,16 +159,54 @@ def test_half_precision_on_cpu_trains(tmp_path):
     m = Trainer(model, loss_fn, batches, 60, tmp_path, torch.optim.AdamW(model.parameters(), weight_decay=0), lambda k: 5e-2, RunConfig(device='cpu', precision='bf16')).fit()
     assert m['loss'] < read_log(tmp_path)[0]['loss']
 
+def wandb_records(file):
+    "What an offline run of wandb has written down: pieces of protobuf records, in blocks of 32 KB."
+    import struct
+    from wandb.proto.wandb_internal_pb2 import Record
+    raw,at,piece,found = file.read_bytes(),7,b'',[]
+    while at+7<=len(raw):
+        if 0<-at%2**15<7: at += -at%2**15; continue          # too short for a header: padding
+        _,size,kind = struct.unpack_from('<IHB', raw, at)
+        piece,at = piece+raw[at+7:at+7+size],at+7+size
+        if kind in (1,4): found.append(Record.FromString(piece)); piece = b''
+    return found
+
 def test_wandb_logs_offline_without_a_login_and_continues_its_run(tmp_path, monkeypatch):
     import matplotlib.pyplot as plt
     monkeypatch.setenv('WANDB_MODE', 'offline'); monkeypatch.setenv('WANDB_SILENT', 'true')
-    torch.manual_seed(0)
-    model = nn.Linear(4,1)
     def draw(model): fig,ax = plt.subplots(figsize=(1,1)); ax.plot([1,2]); return {'strip':fig}
-    fit(model, loss_fn, batches, 12, tmp_path/'pretrain', torch.optim.AdamW(model.parameters()), lambda k: 1e-3,
-        RunConfig(device='cpu', log_every=4, wandb=True), validate=lambda m: {'x':1.}, validate_every=6, media=draw)
-    assert list((tmp_path/'pretrain').rglob('*.wandb')) and (tmp_path/'pretrain'/'media'/'strip.png').exists()
-    assert read_log(tmp_path/'pretrain')[-1]['val_x']==1.
+    def run(loss_fn):
+        torch.manual_seed(0)
+        model = nn.Linear(4,1)
+        fit(model, loss_fn, batches, 12, tmp_path/'pretrain', torch.optim.AdamW(model.parameters()), lambda k: 1e-3,
+            RunConfig(device='cpu', log_every=4, wandb=True), validate=lambda m: {'x':1.}, validate_every=6, save_every=5, media=draw)
+    def dies(model, batch, step, generator):
+        if step==8: raise KeyboardInterrupt
+        return loss_fn(model, batch, step, generator)
+    with pytest.raises(KeyboardInterrupt): run(dies)
+    __import__('wandb').finish()                 # as the end of the process would
+    run(loss_fn)
+    assert (tmp_path/'pretrain'/'media'/'strip.png').exists() and read_log(tmp_path/'pretrain')[-1]['val_x']==1.
+    parts = [wandb_records(f) for f in sorted((tmp_path/'pretrain').rglob('*.wandb'), key=lambda f: f.stat().st_mtime)]
+    assert len(parts)==2 and len({r.run.run_id for part in parts for r in part if r.run.run_id})==1      # two pieces of one run: both can be synced
+    keys = {item.key or item.nested_key[0] for part in parts for r in part for item in r.history.item}
+    assert {'loss','lr','images_s','grad_norm','val_x','strip'} <= keys
+
+def test_a_log_without_a_bar_says_how_far_it_is(tmp_path, capsys):
+    train(tmp_path, steps=8)        # TQDM_DISABLE is set for all tests
+    lines = [l for l in capsys.readouterr().out.splitlines() if l]
+    assert len(lines)==1 and lines[0].startswith('train: step 8 of 8, 0:00:00 left; loss ')
+
+def test_a_signal_in_the_last_step_finishes_and_stops_before_what_comes_next(tmp_path):
+    import signal
+    from mem_nb.config import Stopped
+    def last(model, batch, step, generator):
+        if step==39: signal.raise_signal(signal.SIGTERM)
+        return loss_fn(model, batch, step, generator)
+    with pytest.raises(Stopped, match='train: finished, and asked to stop'): train(tmp_path/'a', last)
+    _,again = train(tmp_path/'a')              # answers at once
+    _,whole = train(tmp_path/'b')
+    assert again['loss']==whole['loss'] and again['step']==40
 
 def test_a_damaged_state_is_named(tmp_path):
     (tmp_path/'last').mkdir(); (tmp_path/'last'/'state.pt').write_text('rubbish')
