@@ -59,14 +59,15 @@ class Segmenter(nn.Module):
         aux_width:int=256,       # of the auxiliary head; 0: none
         norm:str='batch',        # batch or group
         original:bool=False,     # squeeze to 512×512, times 255, polarities swapped
+        dropout:float=.1,        # share of a head's channels dropped in training
     ):
         super().__init__()
         encoder.norm = nn.Identity()              # features are taken before it
         d = encoder.embed_dim
         self.encoder,self.pyramid,self.decoder = encoder,Pyramid(d),_upernet(d, width)
-        self.head = nn.Sequential(nn.Dropout2d(.1), nn.Conv2d(width, classes, 1))
+        self.head = nn.Sequential(nn.Dropout2d(dropout), nn.Conv2d(width, classes, 1))
         self.aux = nn.Sequential(nn.Conv2d(d, aux_width, 3, padding=1, bias=False), nn.BatchNorm2d(aux_width), nn.ReLU(),
-                                 nn.Dropout2d(.1), nn.Conv2d(aux_width, classes, 1)) if aux_width else None
+                                 nn.Dropout2d(dropout), nn.Conv2d(aux_width, classes, 1)) if aux_width else None
         self.blocks,self.original,self.classes = tuple(blocks),original,classes
         if norm=='group': to_group_norm(self)
 
@@ -111,7 +112,7 @@ def build_segmenter(
     encoder = build_encoder((512,512) if g.original else cfg.seen_size, cfg.patch, cfg.data.in_chans, e.emb, e.depth, e.heads, e.mlp_ratio, g.dropout,
                             e.init_values, shared_bias=False, abs_pos=cfg.pretrain.pretrained, position_start=e.position_start)
     encoder.set_grad_checkpointing(e.checkpointing)
-    return Segmenter(encoder, g.classes, g.blocks, g.width, g.aux_width if g.aux_weight else 0, g.norm, g.original)
+    return Segmenter(encoder, g.classes, g.blocks, g.width, g.aux_width if g.aux_weight else 0, g.norm, g.original, g.dropout)
 
 # %% ../nbs/13e_pyramid.ipynb #1557b1d6
 def pretrained_grid(

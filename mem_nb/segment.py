@@ -16,7 +16,7 @@ from .augment import COLOR, OPS, apply_ops
 from .recolour import loop_ops
 from .store import split_hash
 from .data import num_steps
-from .targets import summed
+from .targets import counted_mean, summed
 from .state import load_weights, step_settings, weights_hash
 from .train import fit, make_accelerator
 from .finetune import pretrained_path, run_name
@@ -73,6 +73,7 @@ def recolour_frames(
     ops,strength = torch.tensor(PHOTOMETRIC)[draw(len(PHOTOMETRIC))],draw(magnitude+1)/30*(1-2*draw(2))
     return (apply_ops if frames.is_cuda else loop_ops)(frames, ops, strength)
 
+# %% ../nbs/14_segment.ipynb #ab3b9dab
 def training_pair(
     batch:LabelBatch,           # windows and maps
     d:DataConfig,               # how windows become frames
@@ -260,8 +261,7 @@ def _loss(cfg, model, weights):
         logits,side = model.forward_both(frames)
         total = pixel_loss(logits, maps, g.loss, weights, g.ignore)
         if side is not None: total = total + g.aux_weight*pixel_loss(side, maps, 'ce', weights, g.ignore)
-        valid = maps!=g.ignore
-        return total, dict(accuracy=((logits.argmax(1)==maps)&valid).sum()/valid.sum().clamp(min=1))
+        return total, dict(accuracy=counted_mean((logits.argmax(1)==maps).flatten(), (maps!=g.ignore).flatten()))
     return loss
 
 # %% ../nbs/14_segment.ipynb #f8e2f3f3

@@ -233,7 +233,7 @@ class SegmentConfig:
     weight_decay:float = 0.05    # AdamW's weight decay
     beta2:float = 0.999          # AdamW's second beta; the first is 0.9
     grad_clip:float = 0.         # largest gradient norm; 0: none
-    dropout:float = 0.1          # drop path
+    dropout:float = 0.1          # drop path of the encoder, and share of the heads' channels left out
     ema_decay:float = 0.         # of the averaged weights, warmed up; 0: none
     flip:float = 0.5             # probability of a flip along x, of frame and labels together
     rand_ops:int = 2             # photometric operations of RandAugment a frame; 0: none
