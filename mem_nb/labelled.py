@@ -239,7 +239,14 @@ def pack_labelled(
 # %% ../nbs/13d_labelled.ipynb #61f59566
 def _commonest_size(items):
     "The size `(H, W)` of most label maps, where no sensor is known."
-    return Counter(read_map(i.label).shape for i in items[:100]).most_common(1)[0][0]
+    sizes = Counter(filter(None, (_size_of(i.label) for i in items[:100]))).most_common(1)
+    return sizes[0][0] if sizes else (1,1)      # where none can be read, each is told
+
+def _size_of(path):
+    "`(H, W)` of a picture, or None where it is none, which `read_map` will tell."
+    try:
+        with Image.open(path) as im: return im.size[::-1]
+    except Exception: return None
 
 def _pack_events(items, folder, window_us, sensor, frame, workers):
     "The windows into a packed store; ValueError lists those without an event."
