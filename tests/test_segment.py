@@ -317,7 +317,7 @@ main(['segment', 'x.conf', 'expname=broken', 'seg_methods=scratch'])
 """
 
 def test_a_broken_training_ends_as_an_unbroken_one(here):
-    env = dict(os.environ, PYTHONPATH=str(ROOT), TQDM_DISABLE='1', OMP_NUM_THREADS='1')
+    env = dict(os.environ, PYTHONPATH=str(ROOT), TQDM_DISABLE='1', OMP_NUM_THREADS=str(torch.get_num_threads()))   # sums depend on it
     subprocess.run([sys.executable, '-c', STOP], env=env, capture_output=True)
     state = Path('runs/broken/segment/scratch_8_seed0/last/state.pt')
     assert state.exists()
