@@ -68,10 +68,18 @@ def _check_combinations(cfg, where):
     known = lambda b: (b=='all' or b.endswith('.txt') or re.fullmatch(r'[1-9]\d*/class', b)) if isinstance(b, str) else b>0 and (isinstance(b, int) or b<1)
     f = cfg.finetune
     whole = lambda *xs: all(isinstance(x, int) and x>=0 for x in xs)
+    g,seen = cfg.segment,cfg.seen_size
     for ok,said in (
         (H%cfg.patch==0==W%cfg.patch, f"input_H = {H} and input_W = {W} should be multiples of the patch, 2**num_layers = {cfg.patch} pixels"),
         (0<n<h*w, f"num_mask_patches = {n} should lie in 1…{h*w-1}, since the grid has {h}×{w} = {h*w} patches"),
         (whole(cfg.run.seed, cfg.data.split_seed, *cfg.finetune.seeds), "seed, split_seed and class_seeds should be whole numbers, 0 or above"),
+        (whole(*g.seeds), "seg_seeds should be whole numbers, 0 or above"),
+        (all(s%cfg.patch==0 for s in seen), f"seg_H and seg_W, {seen[0]} and {seen[1]}, should be multiples of the patch, {cfg.patch} pixels"),
+        (not g.methods or len(g.blocks)==4 and whole(*g.blocks) and 0<g.blocks[0]<=g.blocks[1]<=g.blocks[2]<=g.blocks[3]==e.depth,
+         f"seg_blocks = {' '.join(map(str, g.blocks))} should be four ascending numbers of blocks, the last of them transformer_depth = {e.depth}"),
+        (g.classes<=g.ignore<256, f"seg_ignore = {g.ignore} should lie in {g.classes}…255: above the classes, and within a byte"),
+        (0<=g.overlap<1 and 0<=g.magnitude<=30 and g.rand_ops>=0, "seg_overlap should lie in 0…1, below 1; seg_magnitude in 0…30; seg_rand_ops be 0 or more"),
+        (not g.names or len(g.names)==g.classes, f"seg_names has {len(g.names)} words for {g.classes} classes"),
         (0<=cfg.data.window_us<2**38 and cfg.data.window_overlap<1, "window_us should lie in 0…2**38, and window_overlap below 1: else windows never end"),
         (cfg.data.num_digits<=5000, f"num_digits = {cfg.data.num_digits}, but there are 5000 pictures to simulate from"),
         (cfg.pretrain.mae or not cfg.pretrain.norm_pix, "pt_norm_pix = 1 is about pixels, but mae = 0 asks for tokens; set mae = 1 or pt_norm_pix = 0"),
@@ -79,13 +87,14 @@ def _check_combinations(cfg, where):
         (min(cfg.pretrain.contrast, cfg.pretrain.hidden)>=0<cfg.pretrain.contrast+cfg.pretrain.hidden,
          "pt_hidden and pt_contrast are weights; give 0 (not asked) or more, and at least one of them above 0"),
         (cfg.pretrain.informative>=0, "pt_informative is a share of the mean events a patch; give 0 (all patches count) or more, such as 0.2"),
-        *((0<=b<1, f"{k} = {b} should lie in 0…1, below 1") for k,b in dict(pt_beta2=cfg.pretrain.beta2, class_beta2=cfg.finetune.beta2).items()),
+        *((0<=b<1, f"{k} = {b} should lie in 0…1, below 1") for k,b in dict(pt_beta2=cfg.pretrain.beta2, class_beta2=cfg.finetune.beta2, seg_beta2=g.beta2).items()),
         (f.input_H%cfg.patch==0==f.input_W%cfg.patch and bool(f.input_H)==bool(f.input_W), f"class_input_H and class_input_W should both be 0 or multiples of the patch, {cfg.patch} pixels"),
         (f.mixup>=0<=f.cutmix, "class_mixup and class_cutmix are parameters of a Beta distribution; give 0 (none) or more, such as 0.8"),
         (e.emb%e.heads==0, f"transformer_emb = {e.emb} should be a multiple of transformer_heads = {e.heads}"),
         *((o in ORIGINAL, f"original has {o!r}; known: {', '.join(ORIGINAL)}") for o in cfg.data.original),
-        *((m in METHODS, f"class_methods has {m!r}; known: {', '.join(METHODS)}") for m in cfg.finetune.methods),
-        *((known(b), f"class_labels has {b!r}; give counts (100), fractions between 0 and 1 (0.05), so many a class (5/class), a list (my.txt), or all") for b in cfg.finetune.labels)):
+        *((m in METHODS, f"{k}_methods has {m!r}; known: {', '.join(METHODS)}") for k,c in (('class',cfg.finetune),('seg',g)) for m in c.methods),
+        *((known(b), f"class_labels has {b!r}; give counts (100), fractions between 0 and 1 (0.05), so many a class (5/class), a list (my.txt), or all") for b in cfg.finetune.labels),
+        *((known(b) and '/' not in str(b) and not str(b).endswith('.txt'), f"seg_labels has {b!r}; give counts (100), fractions between 0 and 1 (0.05), or all") for b in g.labels)):
         if not ok: raise ValueError(f"{where}: {said}")
 
 # %% ../nbs/00b_config.ipynb #1dac426b

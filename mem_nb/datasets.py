@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'DATASETS', 'Dataset', 'gesture_label', 'gesture_chunks', 'find_dataset', 'list_recordings', 'read_split',
-           'store_path', 'prepared', 'part_of', 'prepare', 'prepare_samples']
+           'store_path', 'data_root', 'prepared', 'part_of', 'prepare', 'prepare_samples']
 
 # %% ../nbs/04d_datasets.ipynb #8ea8ae5b
 import hashlib, os, re, time
@@ -17,6 +17,7 @@ from .events import check_events, make_events
 from .formats import EventFileError, event_chunks
 from .pack import Recording, Sample, Window
 from .simulate import simulate_digits
+from .scenes import World, simulate_scenes
 from .store import check_ours, fingerprint, old_manifest, read_manifest, split_hash, write_part, write_store
 
 # %% ../nbs/04d_datasets.ipynb #437d4836
@@ -62,7 +63,8 @@ DATASETS = dict(
     dsec=Dataset('train', 'test', (480,640), ('.h5',), labelled=False),# Gehrig et al. 2021
     dvsgesture=Dataset('ibmGestureTrain', 'ibmGestureTest', (128,128), ('.npy','.bin'), label_of=gesture_label, reader=gesture_chunks), # Amir et al. 2017
     recordings=Dataset(labelled=False),
-    digits=Dataset(suffixes=('.bin',)))                                # simulated when it is prepared
+    digits=Dataset(suffixes=('.bin',)),                                # simulated when it is prepared
+    scenes=Dataset(size=World().size, suffixes=('.bin',), labelled=False))  # and so are these
 
 # %% ../nbs/04d_datasets.ipynb #77844dd2
 def find_dataset(name:str) -> Dataset:
@@ -174,23 +176,33 @@ def _settings(cfg):
     count,us = (0,d.window_us) if d.window_us else (d.slice_max_evs,0)
     return dataset.size, given, None if dataset.labelled else Window(count, us, d.window_overlap)
 
+def _made(d): return d.num_scenes if d.data_set=='scenes' else d.num_digits   # how many recordings are simulated
+
 def store_path(
     cfg:Config,  # configuration
 ) -> Path:       # folder of the packed store
     "Where the store of this configuration lies: a place of its own for each data path, split, sensor and window."
     d = cfg.data
     if d.store_path: return Path(d.store_path)
-    key = [d.data_path, d.data_set, d.num_digits, d.split_file, d.val_fraction, d.split_seed, *_settings(cfg)]
+    key = [d.data_path, d.data_set, _made(d), d.split_file, d.val_fraction, d.split_seed, *_settings(cfg)]
     return Path(cfg.run.runs_dir)/'stores'/f'{d.data_set}-{hashlib.sha256(repr(key).encode()).hexdigest()[:8]}'
 
 # %% ../nbs/04d_datasets.ipynb #3ff0cd75
-def _sources(cfg):
-    "The recordings of a configuration; those of `digits` are simulated first."
+def data_root(
+    cfg:Config,  # data_path, data_set
+) -> Path:       # where the recordings lie
+    "The folder of the recordings; those of `digits` and `scenes` are simulated first. FileNotFoundError without a data_path."
     d,root = cfg.data,Path(cfg.data.data_path)
     if not d.data_path: raise FileNotFoundError("no data folder ''; set data_path to the folder of the recordings")
     if d.data_set=='digits':
         root /= f'{d.num_digits}_seed{d.split_seed}'
         simulate_digits(root, d.num_digits, d.split_seed, (d.sensor_H or 34, d.sensor_W or 34))
+    if d.data_set=='scenes': root = simulate_scenes(root/f'{d.num_scenes}_seed{d.split_seed}', d.num_scenes, seed=d.split_seed)
+    return root
+
+def _sources(cfg):
+    "The recordings of a configuration."
+    d,root = cfg.data,data_root(cfg)
     return list_recordings(root, find_dataset(d.data_set), d.split_file, d.val_fraction, d.split_seed)
 
 def _door(cfg):
@@ -201,12 +213,13 @@ def _door(cfg):
         raise ValueError(f"the recordings in {cfg.data.data_path} lie within the store {folder}; set store_path to a folder of its own")
     return folder, _settings(cfg), raw
 
+# %% ../nbs/04d_datasets.ipynb #ec5133f0
 def prepared(
     cfg:Config,  # data_path, data_set, split, sensor, windows
 ) -> Path:       # folder of the store
     "Pack the recordings of a configuration, unless that is done; raises where folder, files or split do not fit."
     d,folder,settings,raw = cfg.data,*_door(cfg)
-    asked = repr((d.data_path, d.num_digits, d.data_set, *settings, d.split_file, d.val_fraction, d.split_seed))
+    asked = repr((d.data_path, _made(d), d.data_set, *settings, d.split_file, d.val_fraction, d.split_seed))
     manifest = old_manifest(folder)
     if manifest.get('asked')==asked and not raw.is_dir():
         print(f"{d.data_path} is gone; the store {folder} that was made of it is used as it is")

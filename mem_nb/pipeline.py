@@ -14,14 +14,16 @@ from pathlib import Path
 from .config import Config, config_text, load_config, on_signals, parse_config, process_rank, save_config, Stopped
 
 # %% ../nbs/18_pipeline.ipynb #7ae083f1
-STEPS = dict(prepare='mem_nb.datasets', tokenizer='mem_nb.tokenizer', pretrain='mem_nb.pretrain', finetune='mem_nb.finetune', evaluate='mem_nb.evaluate')
+STEPS = dict(prepare='mem_nb.datasets', tokenizer='mem_nb.tokenizer', pretrain='mem_nb.pretrain', finetune='mem_nb.finetune',
+             segment='mem_nb.segment', evaluate='mem_nb.evaluate')
 
 def steps_of(
     cfg:Config,  # skip keys and mae decide
 ) -> list:       # names of steps, in order
     "The steps that this configuration asks for."
     skip = dict(tokenizer=cfg.tokenizer.skip or cfg.pretrain.mae,   # a masked autoencoder needs no tokens
-                pretrain=cfg.pretrain.skip, finetune=not cfg.finetune.methods)
+                pretrain=cfg.pretrain.skip, finetune=not cfg.finetune.methods,
+                segment=not cfg.segment.methods, evaluate=bool(cfg.segment.methods and not cfg.finetune.methods))
     return [s for s in STEPS if not skip.get(s)]
 
 # %% ../nbs/18_pipeline.ipynb #fc85c2c7
@@ -52,7 +54,7 @@ def run_step(
     if step not in STEPS: raise KeyError(f"unknown step {step!r}; known: {', '.join(STEPS)}")
     began,(rank,world) = time.time(),process_rank()
     conf = cfg.folder/'run.conf'
-    if world>1: _prepare_first(cfg)
+    if world>1 and step!='segment': _prepare_first(cfg)      # which packs its own labelled data
     if rank and step in ALONE: return None
     if not rank and not conf.exists(): save_config(cfg, conf)
     with _told(cfg.folder, step): result = getattr(import_module(STEPS[step]), step)(cfg)
@@ -92,12 +94,12 @@ def inspection(
 
 # %% ../nbs/18_pipeline.ipynb #b3a725d8
 def _asked(folder):
-    "The steps that a run is to go through, and how many finetunings, as its configuration says."
+    "The steps that a run is to go through, and how many finetunings and segmentations, as its configuration says."
     found = [p for p in (folder/'run.conf', *sorted((folder/'slurm').glob('*.conf'), key=lambda p: -p.stat().st_mtime)) if p.is_file()]
     try: cfg = parse_config(found[0].read_text(), where=str(found[0])) if found else Config()
     except (KeyError, ValueError): cfg = Config()          # written by another version
-    f = cfg.finetune
-    return steps_of(cfg), len(f.methods)*len(f.labels)*len(f.seeds)
+    count = lambda c: len(c.methods)*len(c.labels)*len(c.seeds)
+    return steps_of(cfg), dict(finetune=count(cfg.finetune), segment=count(cfg.segment))
 
 def watch(
     what:str,   # status, logs or cancel
@@ -166,7 +168,7 @@ def evaluation(
 
 # %% ../nbs/18_pipeline.ipynb #8747f08f
 PROTOCOLS = ('few_labels','linear_probe','knn','baselines')                 # of `mem_nb.protocols`, beside the step finetune
-OTHERS = (*PROTOCOLS,'run','demo','config','inspect','sweep','status','logs','cancel')   # commands that are no step
+OTHERS = (*PROTOCOLS,'run','demo','predict','config','inspect','sweep','status','logs','cancel')   # commands that are no step
 
 def _submit(cfg, step, dry_run):
     "One job, a job a step, or an array, as the configuration says."
@@ -194,11 +196,15 @@ def command(
     if step=='demo': conf = conf or 'configs/demo.conf'
     if step=='inspect': return inspection(conf, overrides)
     if not conf and step!='config': raise ValueError(f"`mem_nb {step}` wants a configuration file, such as configs/demo.conf")
+    asked = dict(o.partition('=')[::2] for o in overrides if step=='predict' and o.partition('=')[0] in ('recording','out'))
+    if step=='predict' and 'recording' not in asked: raise ValueError("`mem_nb predict` wants a configuration file and recording=FILE, and perhaps out=FOLDER")
+    overrides = [o for o in overrides if o.partition('=')[0] not in asked]
     cfg = load_config(find_conf(conf), overrides) if conf else parse_config('', overrides)
     if step=='config': print(config_text(cfg))
     elif slurm or dry_run: return _submit(cfg, 'run' if step=='demo' else step, dry_run)
     elif step in PROTOCOLS: return getattr(import_module('mem_nb.protocols'), step)(cfg)
     elif step in ('run','demo'): return run(cfg)
+    elif step=='predict': return import_module('mem_nb.segmented').predict(cfg, **asked)
     else: return run_step(cfg, step)
 
 # %% ../nbs/18_pipeline.ipynb #758439fb
@@ -209,9 +215,11 @@ steps:
   tokenizer  train the eventVAE: frames to tokens
   pretrain   train the encoder to name the tokens of hidden patches
   finetune   classify with few labels, from the pretrained encoder and from scratch
+  segment    name every pixel with few label maps, from the pretrained encoder and from scratch
   evaluate   baselines, probes, tables: summary.json and report.html; of several runs, one table and one page
   run        all of them in order
   demo       run configs/demo.conf: simulated digits, a few minutes on two cores
+  predict    label maps and a film of a recording=FILE, by the model that `segment` trained
   config     print the resolved configuration, every key with its value
   inspect    say what is inside a recording or a packed store, whatever its format
 
@@ -237,6 +245,8 @@ EXAMPLES = """examples:
   mem_nb few_labels configs/nmnist.conf data_path=data/nmnist class_labels="0.02 5/class"
   mem_nb evaluate runs/2026-11/one runs/2026-11/two to=page.html
   mem_nb inspect recording.raw picture=recording.png
+  mem_nb run configs/scenes.conf
+  mem_nb predict configs/scenes.conf recording=recording.raw
   mem_nb run configs/nmnist.conf data_path=data/nmnist slurm_partition=gpu --slurm
   mem_nb sweep configs/nmnist.conf seed=0,1,2 class_labels=50,100
 """
@@ -244,6 +254,7 @@ EXAMPLES = """examples:
 # %% ../nbs/18_pipeline.ipynb #839f741d
 def _stop(number, frame): raise Stopped("asked to stop; what is done is kept, and the same command continues")
 
+# %% ../nbs/18_pipeline.ipynb #4c9f80d9
 def main(
     argv=None,  # words of the command line; None: those of this process
 ):

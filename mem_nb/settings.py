@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'ORIGINAL', 'RunConfig', 'DataConfig', 'TokenizerConfig', 'EncoderConfig', 'PretrainConfig',
-           'FinetuneConfig', 'SlurmConfig', 'Config', 'conf_keys']
+           'FinetuneConfig', 'SegmentConfig', 'SlurmConfig', 'Config', 'conf_keys']
 
 # %% ../nbs/00_settings.ipynb #eb62986c
 from dataclasses import dataclass, field, fields
@@ -45,8 +45,9 @@ class DataConfig:
     "Which recordings, and how they become frames."
     bare = 'all'
     data_path:str = ''               # folder of the recordings
-    data_set:str = 'folder'          # name in the registry: folder, npy, nmnist, ncaltech101, ncars, nimagenet, dsec, dvsgesture, recordings, digits
+    data_set:str = 'folder'          # name in the registry: folder, npy, nmnist, ncaltech101, ncars, nimagenet, dsec, dvsgesture, recordings, digits, scenes
     num_digits:int = 2000            # recordings to simulate, for data_set = digits
+    num_scenes:int = 600             # and for data_set = scenes; a tenth of them for validation
     store_path:str = ''              # packed store; empty: runs_dir/stores/<data_set>-<hash>
     window_us:int = 0                # recordings without labels are cut every so many µs; 0: every slice_max_evs events
     window_overlap:float = 0.        # share of a window that its neighbour holds, too
@@ -82,7 +83,7 @@ class DataConfig:
     original:tuple = ()              # defects of the original to reproduce: any of ORIGINAL; see notebooks 06b and 09
 
     choices = dict(frame_fit=('resize','crop','scale_crop'), representation=('histogram','voxel','stacked'), geometry=('events','frames'))
-    positive = ('num_digits','input_H','input_W','slice_max_evs','voxel_bins','hotpix_num_stds','normalize_gain','gamma')
+    positive = ('num_digits','num_scenes','input_H','input_W','slice_max_evs','voxel_bins','hotpix_num_stds','normalize_gain','gamma')
     unit = ('val_fraction','window_overlap','event_drop','flip','time_flip','scale','translate','shear')
 
     original_frames = property(lambda self: any(o!='epoch_schedule' for o in self.original))  # does any of them concern frames?
@@ -208,6 +209,57 @@ class FinetuneConfig:
     positive = ('epochs','batch_size','update_freq','lr','slices','save_ckpt_freq')
     unit = ('label_smoothing','dropout','ema_decay','layer_decay','scratch_layer_decay')
 
+# %% ../nbs/00_settings.ipynb #2785abb4
+@dataclass
+class SegmentConfig:
+    "Semantic segmentation: `seg_`."
+    prefix = 'seg_'
+    methods:tuple = ()           # any of pretrained, scratch; empty: a run leaves this step out
+    labels:tuple = ('all',)      # label budgets: a number of frames, a fraction such as 0.05, or all
+    seeds:tuple = (0,)           # each budget is drawn and trained once a seed
+    layout:str = 'recordings'    # how the labels lie: recordings, dsec, images; see notebook 13d
+    path:str = ''                # folder of the labelled data; empty: data_path
+    classes:int = 11             # classes; label maps hold 0…classes-1 and `ignore`
+    names:tuple = ()             # their names; empty: those of the data set, or numbers
+    ignore:int = 255             # value of a label that never counts
+    window_us:int = 50000        # events of so many µs before a label's time make its frame
+    rows:int = 0                 # label maps cover only so many rows of the sensor, from the top; 0: all
+    H:int = 0                    # what the model sees at once, in pixels: height; 0: input_H
+    W:int = 0                    # and width; larger frames are seen window by window, smaller ones padded
+    overlap:float = 0.33         # share of a window that its neighbour sees, too
+    blocks:tuple = (9,10,11,12)  # four features, after these blocks; the last is the encoder's last
+    width:int = 512              # channels of the decoder
+    aux_width:int = 256          # channels of the auxiliary head
+    aux_weight:float = 0.4       # weight of its loss; 0: no such head
+    norm:str = 'batch'           # of pyramid and decoder: batch, or group where a process sees few frames a step
+    loss:str = 'ce'              # ce (cross-entropy), focal, dice (cross-entropy + dice)
+    class_weights:bool = False   # rare classes weigh more in the cross-entropy
+    steps:int = 160000           # updates
+    batch_size:int = 16          # frames an update
+    update_freq:int = 1          # forward passes an update (gradient accumulation)
+    lr:float = 5e-4              # peak learning rate
+    min_lr:float = 0.            # learning rate at the end
+    power:float = 1.             # of the polynomial by which it falls
+    warmup_steps:int = 1500      # steps of linear warm-up
+    layer_decay:float = 0.65     # learning rate of a block over that of the block above it
+    scratch_layer_decay:float = 1. # the same from scratch
+    weight_decay:float = 0.05    # AdamW's weight decay
+    beta2:float = 0.999          # AdamW's second beta; the first is 0.9
+    grad_clip:float = 0.         # largest gradient norm; 0: none
+    dropout:float = 0.1          # drop path of the encoder, and share of the heads' channels left out
+    ema_decay:float = 0.         # of the averaged weights, warmed up; 0: none
+    flip:float = 0.5             # probability of a flip along x, of frame and labels together
+    rand_ops:int = 2             # photometric operations of RandAugment a frame; 0: none
+    magnitude:int = 10           # their strength is uniform in 0…magnitude, of 30
+    validate_every:int = 0       # steps between two validations; 0: ten in all
+    save_ckpt_freq:int = 2000    # steps between two saved states (save_minutes may come first)
+    original:bool = False        # as the original: frames squeezed to 512×512, times 255, polarities swapped
+    checkpoint:str = ''          # start from these weights instead of the run's own encoder
+
+    choices = dict(layout=('recordings','dsec','images'), norm=('batch','group'), loss=('ce','focal','dice'))
+    positive = ('classes','window_us','width','aux_width','steps','batch_size','update_freq','lr','power','save_ckpt_freq')
+    unit = ('dropout','ema_decay','layer_decay','scratch_layer_decay','flip')
+
 # %% ../nbs/00_settings.ipynb #3a26ca3b
 @dataclass
 class SlurmConfig:
@@ -243,11 +295,13 @@ class Config:
     encoder:EncoderConfig = field(default_factory=EncoderConfig)
     pretrain:PretrainConfig = field(default_factory=PretrainConfig)
     finetune:FinetuneConfig = field(default_factory=FinetuneConfig)
+    segment:SegmentConfig = field(default_factory=SegmentConfig)
     slurm:SlurmConfig = field(default_factory=SlurmConfig)
 
     folder = property(lambda self: Path(self.run.runs_dir)/self.run.expweek/self.run.expname)
     patch = property(lambda self: 2**self.tokenizer.num_layers)
     grid = property(lambda self: (self.data.input_H//self.patch, self.data.input_W//self.patch))
+    seen_size = property(lambda self: (self.segment.H or self.data.input_H, self.segment.W or self.data.input_W))  # of a frame in segmentation
 
 # %% ../nbs/00_settings.ipynb #b4e3346d
 def conf_keys() -> dict:  # conf key -> (section name, dataclass field)

@@ -1,0 +1,128 @@
+"""Segmentation: pretrained against scratch against a UNet with few labelled frames, the step of a ViT-B/16, frames a second.
+
+.venv/bin/python benchmarks/segmentation.py --json benchmarks/segmentation.json
+"""
+import argparse, json, time
+from dataclasses import replace
+from pathlib import Path
+import numpy as np, torch
+from torch import nn
+from common import machine, record, table, write
+from mem_nb.config import load_config, parse_config
+from mem_nb.finetune import run_name
+from mem_nb.labelled import LabelledSet, class_names, labelled
+from mem_nb.pipeline import run_step
+from mem_nb.pyramid import build_segmenter, segmenter_optimizer
+from mem_nb.segment import (_loss, frame_subset, label_batches, load_segmenter, pixel_loss, poly_schedule, predict_frames, score_numbers, segment_one,
+                            segmentation_score)
+from mem_nb.train import fit
+
+ROOT = Path(__file__).parents[1]
+
+class UNet(nn.Module):
+    "smp's UNet with a ResNet-18, from scratch, in the clothes of a `Segmenter`."
+    def __init__(self, classes, window):
+        super().__init__()
+        import segmentation_models_pytorch as smp
+        self.net,self.classes,self.window = smp.Unet('resnet18', encoder_weights=None, in_channels=3, classes=classes),classes,window
+    def forward_both(self, frames): return self.net(frames), None
+    def forward(self, frames): return self.net(frames)
+
+def unet(cfg, train, val, labels, seed, lr=1e-3):
+    "As `segment_one`, with a UNet: same frames, augmentation, schedule, steps."
+    g = cfg.segment
+    chosen = frame_subset(len(train), labels, seed)
+    torch.manual_seed(seed)
+    model = UNet(g.classes, cfg.seen_size)
+    m = fit(model, _loss(cfg, model, None), label_batches(train, chosen, g.batch_size, seed, cfg.data.slice_max_evs), g.steps, cfg.folder/'segment'/run_name('unet', labels, seed),
+            torch.optim.AdamW(model.parameters(), lr, weight_decay=.05), lambda k: poly_schedule(k, g.steps, lr, 0., g.warmup_steps), replace(cfg.run, seed=seed),
+            dict(unet=1, lr=lr, seed=seed, steps=g.steps), ema_decay=g.ema_decay, validate=lambda m: score_numbers(segmentation_score(m, val, cfg.data), class_names(cfg)),
+            validate_every=g.validate_every, desc=f'unet {seed}')
+    return dict(method='unet', labels=str(labels), n_labels=len(chosen), seed=seed, seconds=m['seconds'], **{k[4:]:v for k,v in m.items() if k.startswith('val_')})
+
+def study(cfg):
+    "All three at every seed; records, and seconds of each step."
+    began = time.time()
+    for step in ('prepare','tokenizer','pretrain'): run_step(cfg, step)
+    seconds = dict(before=time.time()-began)
+    folder = labelled(cfg)
+    train,val = LabelledSet(folder),LabelledSet(folder, 'val')
+    rows = []
+    for s in cfg.segment.seeds:
+        for n in cfg.segment.labels:
+            for r in (segment_one(cfg, train, val, 'pretrained', n, s), segment_one(cfg, train, val, 'scratch', n, s), unet(cfg, train, val, n, s)):
+                rows.append(r); print(f"{r['method']:11s} seed {s}: mIoU {r['miou']:.3f}, accuracy {r['accuracy']:.3f}, boundary F {r['boundary_f']:.3f}, {r['seconds']:.0f} s", flush=True)
+    return rows, seconds, val
+
+def study_records(cfg, rows, val):
+    "What the study says."
+    mean = lambda m,k='miou': 100*float(np.mean([r[k] for r in rows if r['method']==m]))
+    n,seeds = cfg.segment.labels[0],len(cfg.segment.seeds)
+    said = f'{n} labelled frames, mean of {seeds} seed{"s"*(seeds>1)}'
+    gain = record(f'scenes, mIoU gained by pretraining over scratch, {said}', mean('pretrained')-mean('scratch'), 'points', goal=8.)
+    best = record(f'scenes, mIoU pretrained (baseline: UNet ResNet-18 from scratch), {said}', mean('pretrained'), '%', baseline=mean('unet'), goal=mean('unet'))
+    rest = [record(f'scenes, {what} {m}, {said}', mean(m, k), '%') for m in ('pretrained','scratch','unet') for k,what in (('miou','mIoU'),('boundary_f','boundary F'))]
+    minutes = sum(r['seconds'] for r in rows if r['method']!='unet')/60
+    return [gain, best, *rest, record('scenes, training of all segmentations but the UNets', minutes, 'minutes', better='lower')]
+
+def ceiling(seconds=1.):
+    "Matrix products a second that this machine does now, in GFLOP/s."
+    a = torch.randn(1536,1536); a@a
+    n,began = 0,time.time()
+    while time.time()-began<seconds: a@a; n += 1
+    return 2*1536**3*n/(time.time()-began)/1e9
+
+def base_step(repeats=3):
+    "Seconds of a training step of ViT-B/16 and UPerNet at 440×640 (padded to 448), batch 1, and the products it takes."
+    from torch.utils.flop_counter import FlopCounterMode
+    cfg = parse_config('data_set = dsec\ninput_H = 448\ninput_W = 640\nseg_norm = group\nnum_mask_patches = 98')
+    model = build_segmenter(cfg).train()
+    opt = segmenter_optimizer(model, 1e-4, layer_decay=.65)
+    x,y = torch.rand(1,3,448,640),torch.randint(0, 11, (1,448,640))
+    def step():
+        logits,side = model.forward_both(x)
+        (pixel_loss(logits, y)+.4*pixel_loss(side, y)).backward(); opt.step(); opt.zero_grad()
+    with FlopCounterMode(display=False) as counter: step()
+    times = []
+    for _ in range(repeats): began = time.time(); step(); times.append(time.time()-began)
+    return min(times), counter.get_total_flops()/1e9
+
+def base_records():
+    top = ceiling()
+    seconds,gflop = base_step()
+    top = max(top, ceiling())
+    return [record('ViT-B/16 + UPerNet, 440×640, batch 1, fp32: training step', seconds, 's', better='lower'),
+            record("the same, share of the machine's fp32 matrix products a second", gflop/seconds/top*100, '%', goal=75)]
+
+def speed_records(cfg):
+    "Frames a second of a 480×640 recording, from raw events to label maps, with the model of scenes.conf in sliding windows and a ViT-B/16 at once."
+    from mem_nb.segmented import predict_recording
+    from mem_nb.scenes import World, film
+    from mem_nb.simulate import simulate_events
+    from mem_nb.formats import write_events
+    path = cfg.folder/'speed.h5'
+    world = World(size=(480,640), things=(20,25), radius_px=(20.,60.), windows=4)
+    views,times,_,_ = film(world, np.random.default_rng(0))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_events(path, simulate_events(views, times, rng=np.random.default_rng(0)), (480,640))
+    small = load_segmenter(cfg, 'pretrained', cfg.segment.labels[0], cfg.segment.seeds[0])
+    base = parse_config('data_set = dsec\ninput_H = 480\ninput_W = 640\nnum_mask_patches = 98\nslice_max_evs = 1000000')
+    out = []
+    for name,model,d in (('small model of scenes.conf, windows of 64×96', small, cfg.data), ('ViT-B/16 + UPerNet at once', build_segmenter(base).eval(), base.data)):
+        found = predict_recording(model, path, d, 50_000)
+        out.append(record(f'480×640 recording, raw events to label maps, {name}', found.frames_s, 'frames/s'))
+    return out
+
+if __name__=='__main__':
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument('--json'); p.add_argument('--conf', default=str(ROOT/'configs'/'scenes.conf')); p.add_argument('--parts', default='study,base,speed')
+    p.add_argument('overrides', nargs='*')
+    a = p.parse_args()
+    cfg,records = load_config(a.conf, a.overrides),[]
+    if 'study' in a.parts:
+        rows,_,val = study(cfg)
+        records += study_records(cfg, rows, val)
+    if 'base' in a.parts: records += base_records()
+    if 'speed' in a.parts: records += speed_records(cfg)
+    print(table(records)); print(machine())
+    if a.json: write(a.json, records)

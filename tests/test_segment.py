@@ -1,0 +1,414 @@
+"Segmentation: what lies where in the files, what the model is, what training keeps, and what is refused."
+import json, os, subprocess, sys
+from dataclasses import replace
+from pathlib import Path
+import numpy as np, pytest, torch
+from PIL import Image
+from conftest import ROOT, SHARED
+from mem_nb.augment import flip_x
+from mem_nb.config import load_config, parse_config
+from mem_nb.encoder import build_encoder
+from mem_nb.formats import read_events, write_events
+from mem_nb.labelled import LabelBatch, LabelledSet, label_path, labelled, list_labelled, pack_labelled, read_image
+from mem_nb.overlap import SegmentationScore, boundary_f, boundary_counts, confusion_matrix, overlap_scores
+from mem_nb.pipeline import command, steps_of
+from mem_nb.pyramid import build_segmenter, load_backbone, original_backbone, original_input, segmenter_optimizer
+from mem_nb.scenes import CLASSES, World, film, simulate_scenes
+from mem_nb.segment import load_segmenter, pixel_loss, poly_schedule, predict_frames, same_place, segment, window_places
+from mem_nb.segmented import predict_recording, recording_windows
+from mem_nb.state import read_log
+from mem_nb.status import finished, run_status
+
+CONF = """
+expweek =
+data_set = scenes
+data_path = scenes
+num_scenes = 4
+window_us = 50000
+input_H = 64
+input_W = 96
+sensor_H = 64
+sensor_W = 96
+normalize_gain = 2
+time_flip = 0
+rand_aug = 0
+max_random_shift_evs = 0
+num_tokens = 32
+num_layers = 3
+vae_hidden_dim = 8
+vae_num_resnet_blocks = 1
+vae_epochs = 1
+vae_batch_size = 8
+transformer_emb = 24
+transformer_depth = 4
+transformer_heads = 2
+masking = random
+num_mask_patches = 48
+pt_epochs = 1
+pt_batch_size = 8
+pt_warmup_steps = 1
+class_methods =
+seg_methods = pretrained scratch
+seg_labels = 8
+seg_classes = 6
+seg_blocks = 1 2 3 4
+seg_width = 16
+seg_aux_width = 8
+seg_steps = 10
+seg_batch_size = 4
+seg_lr = 2e-3
+seg_warmup_steps = 2
+seg_ema_decay = 0.9
+seg_save_ckpt_freq = 4
+log_every = 1
+device = cpu
+precision = fp32
+"""
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory):
+    "Scenes, a configuration, and a whole run."
+    folder = tmp_path_factory.mktemp('segment')
+    (folder/'x.conf').write_text(CONF)
+    with pytest.MonkeyPatch.context() as m:
+        m.chdir(folder)
+        command('run', 'x.conf')
+    return folder
+
+@pytest.fixture
+def here(root, monkeypatch):
+    monkeypatch.chdir(root)
+    return root
+
+def cfg_of(*overrides): return load_config('x.conf', overrides)
+
+# ---- data, in three layouts
+def dsec(folder, events, size, classes=11, times=(60_000,110_000,160_000), where='semantic/left/{}classes/data', rng=np.random.default_rng(0)):
+    "A sequence in DSEC-Semantic's layout."
+    write_events((folder/'events'/'left').mkdir(parents=True) or folder/'events'/'left'/'events.h5', events, size)
+    maps = folder/where.format(classes)
+    maps.mkdir(parents=True)
+    for k,_ in enumerate(times):
+        m = rng.integers(0, classes, (size[0]*11//12, size[1])).astype(np.uint8); m[:5] = 255
+        Image.fromarray(m).save(maps/f'{k:06d}.png')
+    stamps = folder/'semantic'/'timestamps.txt' if 'semantic' in where else folder/f'{folder.name}_semantic_timestamps.txt'
+    stamps.parent.mkdir(exist_ok=True)
+    np.savetxt(stamps, np.array(times)+int(events['t'][0]), fmt='%d')
+
+def shifted(t0):
+    events = read_events(next(Path('scenes').glob('*/train/00000.bin'))).copy()
+    events['t'] += t0
+    return events
+
+@pytest.mark.parametrize('classes,where', [(11,'semantic/left/{}classes/data'), (19,'semantic/{}classes/data'), (11,'{}classes')])
+def test_dsec_windows_end_at_their_labels(here, tmp_path, classes, where):
+    events = shifted(10**12)                    # DSEC counts from the start of the computer
+    for split in ('train','test'): dsec(tmp_path/split/'zurich_city_00_a', events, (64,96), classes, where=where)
+    items,wrong = list_labelled(tmp_path, 'dsec', classes)
+    assert not wrong and len(items)==4          # the first label of a sequence is left out
+    folder = pack_labelled(items, wrong, tmp_path/'packed', classes, rows=58, sensor=(64,96))
+    train = LabelledSet(folder)
+    assert train.size==(58,96) and (train.maps[:,:5]==255).all()
+    end = items[0].end_us
+    inside = events[(events['t']>=end-50_000)&(events['t']<end)]
+    assert (train.store.events(0)['x']==inside['x']).all()
+    assert train.batch([0]).frames(parse_config(CONF).data).shape==(1,3,58,96)
+
+def test_a_real_recording_in_dsec_layout(shared, tmp_path):
+    found = [p for p in (shared/'recordings'/'prophesee_raw').glob('*evt2*.raw')]
+    events = read_events(found[0])
+    span = int(events['t'][-1]-events['t'][0])
+    for split in ('train','test'): dsec(tmp_path/split/'a', events, (480,640), times=(span//2, span))
+    folder = pack_labelled(*list_labelled(tmp_path, 'dsec', 11), tmp_path/'packed', 11, rows=440, sensor=(480,640), window_us=20_000)
+    b = LabelledSet(folder).batch([0])
+    frames = b.frames(parse_config('slice_max_evs = 1000000').data)
+    assert frames.shape==(1,3,440,640) and 0<=frames.min()<frames.max()<=1 and b.maps.shape==(1,440,640)
+
+def images(folder, n=3, size=(30,40)):
+    rng = np.random.default_rng(0)
+    for split in ('train','val'):
+        for kind in ('imgs','anns'): (folder/kind/split).mkdir(parents=True)
+        for i in range(n):
+            np.save(folder/'imgs'/split/f'{i}.npy', rng.integers(0, 256, (*size,3)).astype(np.uint8))
+            Image.fromarray(rng.integers(0, 6, size).astype(np.uint8)).save(folder/'anns'/split/f'{i}.png')
+
+def test_event_images_with_label_maps_of_the_same_names(tmp_path):
+    images(tmp_path)
+    folder = pack_labelled(*list_labelled(tmp_path, 'images', 6), tmp_path/'packed', 6)
+    b = LabelledSet(folder, 'val').batch([0,2])
+    a = np.load(tmp_path/'imgs'/'val'/'2.npy')
+    assert torch.equal(b.frames(parse_config('').data)[1], torch.from_numpy(a).permute(2,0,1).float()/255)
+    assert (b.maps[1].numpy()==np.array(Image.open(tmp_path/'anns'/'val'/'2.png'))).all()
+    np.save(tmp_path/'float.npy', (a/255).astype(np.float32).transpose(2,0,1))
+    assert np.allclose(read_image(tmp_path/'float.npy'), a.transpose(2,0,1)/255, atol=1e-6)
+
+def test_scenes_are_hard_for_single_pixels_and_the_same_again(tmp_path):
+    a,b = (film(World(), np.random.default_rng(5)) for _ in range(2))
+    assert all((x==y).all() for x,y in zip(a, b))
+    views,times,maps,ends = a
+    assert views.shape[1:]==(64,96)==maps.shape[1:] and ends.tolist()==[50_000,100_000,150_000,200_000] and maps.max()<len(CLASSES)
+    still = World(camera_px_s=0, thing_px_s=0, turn_rad_s=0)
+    assert (film(still, np.random.default_rng(0))[2].std(0)==0).all()                  # nothing moves: one map
+    assert (film(World(things=(0,0)), np.random.default_rng(0))[2]==0).all()             # no things: ground
+
+# ---- bad input: refused with the file and what to do
+def bad(folder, change, layout='recordings', classes=6, **kwargs):
+    "The error after `change(folder)`."
+    simulate_scenes(folder, 3, 1) if layout=='recordings' else images(folder)
+    change(folder)
+    with pytest.raises(ValueError) as e: pack_labelled(*list_labelled(folder, layout, classes), folder/'packed', classes, **({'sensor':(64,96)} if layout=='recordings' else {}), **kwargs)
+    assert not (folder/'packed'/'labels.json').exists()
+    return str(e.value)
+
+def save(path, a): Image.fromarray(np.asarray(a, np.uint8)).save(path)
+
+def test_a_label_map_of_another_size(tmp_path):
+    said = bad(tmp_path, lambda f: save(f/'train'/'00000'/'50000.png', np.zeros((60,96))))
+    assert '00000/50000.png' in said and '(60, 96)' in said and '(64, 96)' in said and 'seg_rows' in said
+
+def test_a_label_value_outside_the_classes(tmp_path):
+    said = bad(tmp_path, lambda f: save(f/'val'/'00000'/'100000.png', np.full((64,96), 17)))
+    assert 'val/00000/100000.png: label 17' in said and 'seg_classes' in said
+
+def test_an_image_without_a_label_and_the_reverse_are_each_listed(tmp_path):
+    def change(f):
+        (f/'anns'/'train'/'0.png').unlink(); (f/'anns'/'train'/'1.png').unlink(); (f/'imgs'/'val'/'2.npy').unlink()
+    said = bad(tmp_path, change, 'images')
+    assert said.startswith('3 faults') and all(f'{k}' in said for k in ('imgs/train/0.npy: no label map','imgs/train/1.npy: no label map','anns/val/2.png: no image'))
+
+def test_a_recording_without_maps_and_the_reverse_are_each_listed(tmp_path):
+    def change(f):
+        (f/'train'/'00000.bin').unlink(); [p.unlink() for p in (f/'train'/'00001').iterdir()]
+    said = bad(tmp_path, change)
+    assert '2 faults' in said and 'train/00001.bin: no label maps' in said and 'train/00000: label maps without a recording' in said
+
+@pytest.mark.parametrize('time,word', [(900_000,'after the end of'), (0,'before the first event')])
+def test_a_label_time_outside_of_the_recording(tmp_path, time, word):
+    said = bad(tmp_path, lambda f: (f/'train'/'00000'/'50000.png').rename(f/'train'/'00000'/f'{time}.png'))
+    assert f'00000/{time}.png: its time {time} µs lies {word}' in said and '00000.bin' in said
+
+def test_a_window_without_events(tmp_path):
+    def change(f):
+        e = read_events(f/'train'/'00000.bin')
+        write_events(f/'train'/'00000.bin', e[(e['t']<51_000)|(e['t']>=100_000)], (64,96))
+    said = bad(tmp_path, change, window_us=40_000)
+    assert '00000.bin before 100000.png' in said and 'no events' in said
+
+def test_a_map_in_colour_and_an_image_of_another_size(tmp_path):
+    def change(f):
+        save(f/'anns'/'train'/'0.png', np.zeros((30,40,3))); np.save(f/'imgs'/'train'/'1.npy', np.zeros((31,40,3), np.uint8))
+    said = bad(tmp_path, change, 'images')
+    assert 'anns/train/0.png: a label map has one channel' in said and 'imgs/train/1.npy: image of (H, W) = (31, 40)' in said
+
+def test_dsec_names_what_a_sequence_lacks(here, tmp_path):
+    for split in ('train','test'): dsec(tmp_path/split/'a', shifted(0), (64,96))
+    (tmp_path/'train'/'a'/'semantic'/'left'/'11classes'/'data'/'000002.png').unlink()
+    (tmp_path/'test'/'a'/'semantic'/'timestamps.txt').unlink()
+    wrong = list_labelled(tmp_path, 'dsec', 11)[1]
+    assert len(wrong)==2 and '3 times for 2 label maps' in wrong[0] and 'test/a: no semantic/timestamps.txt' in wrong[1]
+
+def test_a_checkpoint_whose_encoder_differs(here):
+    start = 'seg_checkpoint=runs/run/pretrain/final.safetensors'
+    with pytest.raises(ValueError, match='final.safetensors come from another model'): segment(cfg_of(start, 'transformer_emb=48', 'expname=other', 'seg_methods=pretrained'))
+    with pytest.raises(FileNotFoundError, match='mem_nb pretrain'): segment(cfg_of('expname=none', 'seg_methods=pretrained'))
+    with pytest.raises(ValueError, match='another configuration'): load_segmenter(cfg_of('seg_width=32'), 'scratch', 8, 0)
+
+@pytest.mark.parametrize('words,said', [('seg_blocks=1 2 3', 'four ascending'), ('seg_blocks=1 2 3 3', 'transformer_depth = 4'), ('seg_ignore=3', 'seg_ignore'), ('seg_H=60', 'multiples of the patch'),
+    ('seg_methods=mae', 'seg_methods'), ('seg_loss=l2', 'known: ce, focal, dice'), ('seg_overlap=1', 'seg_overlap'), ('seg_names=a b', 'seg_names has 2'), ('seg_seeds=x', 'seg_seeds')])
+def test_settings_that_cannot_be(here, words, said):
+    with pytest.raises(ValueError, match=said): cfg_of(words)
+
+# ---- the model
+def test_backbone_features_are_the_originals(shared):
+    z = np.load(shared/'golden'/'evbeit.npz')
+    state = {k[3:]:torch.from_numpy(z[k]) for k in z.files if k.startswith('sd/')}
+    model = original_backbone(dict(state_dict={f'backbone.{k}':v for k,v in state.items()}), (1,2,3,4), width=8, aux_width=0)
+    x = torch.from_numpy(z['x_u8']).float()/255
+    # our model swaps and scales as the original's loader did before; its backbone saw what is given here
+    with torch.no_grad(): f = model.levels((x/255).flip(1))
+    assert [tuple(v.shape) for v in f]==[tuple(z[f'f{k}_shape']) for k in range(4)]
+    for k,(got,want) in enumerate([(f[0][:,:,::8,::8],z['f0_sub']), (f[1][:,:,::4,::4],z['f1_sub']), (f[2][:,:,::4,::4],z['f2_sub']), (f[3],z['f3'])]):
+        assert np.abs(got.numpy()-want).max()<2e-5*max(1, np.abs(want).max()), k
+        assert [float(f[k].mean()), float(f[k].std())]==pytest.approx(z[f'f{k}_mean_std'], rel=1e-3, abs=1e-5)
+    torch.manual_seed(1)
+    corner = original_input((torch.rand(1,3,600,700)/255).flip(1))[...,:16,:16]
+    assert np.abs(corner.numpy()-z['resize_down_corner']).max()<1e-5
+    with pytest.raises(ValueError, match='no fpn1'): original_backbone({k:v for k,v in state.items() if 'fpn' not in k})
+
+def test_frames_are_not_squeezed_and_pretrained_positions_are_stretched(here):
+    model = build_segmenter(cfg_of('seg_H=48', 'seg_W=112'))
+    assert model.window==(48,112) and model.encoder.patch_embed.grid_size==(6,14)
+    load_backbone(model, 'runs/run/pretrain/final.safetensors', (8,12))
+    table = model.encoder.blocks[0].attn.relative_position_bias_table
+    assert table.shape==(11*27+3, 2)
+    assert [tuple(f.shape[2:]) for f in model.eval().levels(torch.rand(1,3,48,112))]==[(24,56),(12,28),(6,14),(3,7)]
+    square = build_encoder((32,32), 8, 3, 24, 4, 2).state_dict()
+    load_backbone(model, square, (8,12))                                    # its grid is told by its own table
+
+def test_the_class_token_is_no_place_and_every_weight_learns(here):
+    model = build_segmenter(cfg_of()).train()
+    logits,side = model.forward_both(torch.rand(2,3,64,96))
+    assert logits.shape==side.shape==(2,6,64,96)
+    (logits.sum()+side.sum()).backward()
+    assert [n for n,p in model.named_parameters() if p.grad is None]==[]
+
+@pytest.mark.parametrize('size', [(64,96), (20,30), (65,97), (130,96), (150,200)])
+def test_any_size_goes_in_and_comes_out(here, size):
+    model,x = build_segmenter(cfg_of()).eval(),torch.rand(1,3,*size)
+    p = predict_frames(model, x)
+    assert p.shape==(1,6,*size) and torch.allclose(p.sum(1), torch.ones(1,*size), atol=1e-5)
+    if size==(64,96): assert torch.allclose(p, model(x).softmax(1))
+
+@pytest.mark.parametrize('length,window,overlap', [(64,64,.3), (65,64,0.), (640,96,.33), (1000,64,.9)])
+def test_windows_cover_every_pixel_and_overlap_enough(length, window, overlap):
+    at = window_places(length, window, overlap)
+    assert at[0]==0 and at[-1]==length-window and all(0<b-a<=max(1, np.ceil(window*(1-overlap))) for a,b in zip(at, at[1:]))
+
+def test_layer_decay_reaches_every_part(here):
+    groups = segmenter_optimizer(build_segmenter(cfg_of()), 1., .05, .5).param_groups
+    assert sorted({g.get('lr_scale',1.) for g in groups})==pytest.approx([.5**k for k in range(5,-1,-1)])
+
+def test_group_norm_lets_one_frame_stand_alone(here):
+    torch.manual_seed(0)
+    model,x = build_segmenter(cfg_of('seg_norm=group', 'seg_dropout=0')).train(),torch.rand(3,3,64,96)
+    together,alone = model.forward_both(x)[0],model.forward_both(x[:1])[0]
+    assert torch.allclose(together[:1], alone, atol=1e-5)
+    with pytest.raises(ValueError, match='seg_norm = group'): segment(cfg_of('seg_batch_size=1', 'expname=one', 'seg_methods=scratch'))
+
+# ---- what training keeps
+def test_flips_move_labels_and_events_together(here):
+    data = LabelledSet(labelled(cfg_of()))
+    b = data.batch(range(4))
+    frames = b.frames(cfg_of().data)
+    g = lambda: torch.Generator().manual_seed(0)
+    f,m = same_place(frames, b.maps, None, 1., slice(0,4), 4, g())
+    mirrored = LabelBatch(flip_x(b.events.unpack(), 1., g()), None, b.maps.flip(2))
+    assert torch.allclose(f, mirrored.frames(cfg_of().data), atol=1e-6) and torch.equal(m, mirrored.maps)
+    half = [same_place(frames[s], b.maps[s], (48,64), .5, s, 4, g()) for s in (slice(0,2),slice(2,4))]    # two processes cut and flip as one
+    whole = same_place(frames, b.maps, (48,64), .5, slice(0,4), 4, g())
+    assert torch.equal(torch.cat([h[0] for h in half]), whole[0]) and torch.equal(torch.cat([h[1] for h in half]), whole[1])
+
+@pytest.mark.parametrize('kind', ['ce','focal','dice'])
+def test_the_ignored_label_never_counts(kind):
+    g = torch.Generator().manual_seed(0)
+    logits,maps = torch.randn(2,4,9,11, generator=g, requires_grad=True),torch.randint(0, 4, (2,9,11), generator=g)
+    maps[:,:4] = 255
+    pixel_loss(logits, maps, kind, torch.tensor([1.,2,3,4])).backward()
+    assert (logits.grad[:,:,:4]==0).all() and (logits.grad[:,:,4:]!=0).any()
+    logits.grad = None
+    empty = pixel_loss(logits, torch.full_like(maps, 255), kind); empty.backward()
+    assert empty==0 and torch.isfinite(logits.grad).all()
+
+def test_the_schedule_rises_and_falls_in_a_line():
+    rates = [poly_schedule(k, 100, 1., 0., 10) for k in range(100)]
+    assert np.argmax(rates)==10 and np.allclose(np.diff(rates[10:]), -.01) and all(a<b for a,b in zip(rates[:10], rates[1:11]))
+    assert poly_schedule(50, 100, 1., power=2.)==pytest.approx(.25)
+
+STOP = """
+import sys
+from mem_nb import train
+from mem_nb.pipeline import main
+original = train.train_step
+def train_step(acc, state, *args):
+    if state.step==7: raise KeyboardInterrupt
+    return original(acc, state, *args)
+train.train_step = train_step
+main(['segment', 'x.conf', 'expname=broken', 'seg_methods=scratch'])
+"""
+
+def test_a_broken_training_ends_as_an_unbroken_one(here):
+    env = dict(os.environ, PYTHONPATH=str(ROOT), TQDM_DISABLE='1', OMP_NUM_THREADS=str(torch.get_num_threads()))   # sums depend on it
+    subprocess.run([sys.executable, '-c', STOP], env=env, capture_output=True)
+    state = Path('runs/broken/segment/scratch_8_seed0/last/state.pt')
+    assert state.exists()
+    status = run_status(Path('runs/broken'), ['segment'], dict(segment=1))
+    assert status['state']!='done' and status['step']=='segment/scratch_8_seed0'
+    for name in ('broken','unbroken'): command('segment', 'x.conf', [f'expname={name}', 'seg_methods=scratch'])
+    a,b = (Path('runs', name, 'segment/scratch_8_seed0/final.safetensors').read_bytes() for name in ('broken','unbroken'))
+    assert a==b and finished(Path('runs/broken'), 'segment', dict(segment=1)) and not finished(Path('runs/broken'), 'segment', 2)
+
+def test_a_run_goes_through_segmentation_and_predicts(here, capsys):
+    assert steps_of(cfg_of())==['prepare','tokenizer','pretrain','segment'] and 'segment' not in steps_of(parse_config(''))
+    for method in ('pretrained','scratch'):
+        log = read_log(f'runs/run/segment/{method}_8_seed0')
+        assert {'val_miou','val_boundary_f','val_accuracy','val_mean_accuracy','val_iou_ground'} <= log[-1].keys() and len(log)==10
+    recording = next(Path('scenes').glob('*/val/00000.bin'))
+    command('predict', 'x.conf', [f'recording={recording}', 'out=seen'])
+    assert 'frames/s' in capsys.readouterr().out and Path('seen/overlay.gif').exists() and len(list(Path('seen').glob('*.png')))==4
+    with Image.open('seen/overlay.gif') as gif: assert gif.n_frames==4
+    with pytest.raises(ValueError, match='recording=FILE'): command('predict', 'x.conf')
+    # a finished one answers at once; another setting is refused
+    with pytest.raises(ValueError, match='seg_lr was'): command('segment', 'x.conf', ['seg_lr=1'])
+
+def test_training_on_images_learns_their_frames(tmp_path, monkeypatch, root):
+    monkeypatch.chdir(tmp_path)
+    images(Path('pairs'), 4, (64,96))
+    records = segment(load_config(root/'x.conf', ['seg_path=pairs', 'seg_layout=images', 'seg_methods=scratch', 'seg_labels=all', 'seg_steps=2', 'seg_loss=dice', 'seg_class_weights=1']))
+    assert records[0]['n_labels']==4 and 0<=records[0]['miou']<1
+
+def test_a_recording_is_cut_by_time_whatever_the_pieces(here):
+    path = next(Path('scenes').glob('*/val/00000.bin'))
+    events,windows = read_events(path),list(recording_windows(path, 30_000))
+    assert (np.concatenate([e for e,_ in windows])==events).all()
+    for e,end in windows: assert not len(e) or end-30_000<=e['t'][0] and e['t'][-1]<end
+    found = predict_recording(build_segmenter(cfg_of()).eval(), path, cfg_of().data, most=2)
+    assert found.maps.shape==(2,64,96) and found.frames_s>0
+
+# ---- metrics
+@pytest.mark.parametrize('seed', range(4))
+def test_metrics_agree_with_torchmetrics_and_plain_counting(seed):
+    from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassJaccardIndex
+    g = torch.Generator().manual_seed(seed)
+    n = 3+seed
+    true,said = (torch.randint(0, n-(seed==3), (3,17,23), generator=g) for _ in range(2))     # once, a class that occurs nowhere
+    true[torch.rand(true.shape, generator=g)<.2] = 255
+    found = overlap_scores(c := confusion_matrix(said, true, n))
+    assert torch.equal(c, MulticlassConfusionMatrix(n, ignore_index=255)(said, true))
+    assert float(found['miou'])==pytest.approx(float(MulticlassJaccardIndex(n, ignore_index=255)(said, true)), abs=1e-6)
+    assert float(found['accuracy'])==pytest.approx(float(MulticlassAccuracy(n, average='micro', ignore_index=255)(said, true)), abs=1e-6)
+    s,t = said.numpy(),true.numpy()
+    for k in range(n):
+        both,either = ((s==k)&(t==k)).sum(),((t!=255)&((s==k)|(t==k))).sum()
+        assert np.isnan(float(found['iou'][k])) if not either else float(found['iou'][k])==pytest.approx(both/either)
+    recall = [((s==k)&(t==k)).sum()/(t==k).sum() for k in range(n) if (t==k).any()]
+    assert float(found['mean_accuracy'])==pytest.approx(np.mean(recall))
+
+def test_edges_by_plain_counting():
+    rng = np.random.default_rng(0)
+    s,t = (np.kron(rng.integers(0, 3, (4,5)), np.ones((5,5), int)) for _ in range(2))
+    t[3:6,8:12] = 255
+    h,w = t.shape
+    def edge(m, k): return {(i,j) for i in range(h) for j in range(w) if t[i,j]!=255 and m[i,j]==k
+                            and any(0<=a<h and 0<=b<w and t[a,b]!=255 and m[a,b]!=k for a in range(i-1,i+2) for b in range(j-1,j+2))}
+    got = boundary_counts(torch.tensor(s)[None], torch.tensor(t)[None], 3, near=2)
+    for k in range(3):
+        a,b = edge(s, k),edge(t, k)
+        close = lambda p,other: any(max(abs(p[0]-q[0]), abs(p[1]-q[1]))<=2 for q in other)
+        want = [sum(close(p, b) for p in a), len(a), sum(close(p, a) for p in b), len(b)]
+        assert got[:,k].tolist()==want
+        precision,recall = want[0]/want[1],want[2]/want[3]
+        assert float(boundary_f(got)[k])==pytest.approx(2*precision*recall/(precision+recall))
+
+TWO = """
+import torch, torch.distributed as dist
+from mem_nb.overlap import SegmentationScore
+from mem_nb.segment import pixel_loss
+dist.init_process_group('gloo')
+g = torch.Generator().manual_seed(0)
+true,said = (torch.randint(0, 4, (6,20,30), generator=g) for _ in range(2)); true[:4,:15] = 255
+logits = torch.randn(6,4,20,30, generator=g)
+own = slice(0,3) if dist.get_rank()==0 else slice(3,6)
+score,whole = SegmentationScore(4),SegmentationScore(4, sync_on_compute=False)
+score.update(said[own], true[own]); whole.update(said, true)
+for k,v in score.compute().items(): assert torch.allclose(v, whole.compute()[k]), k
+part = pixel_loss(logits[own], true[own], weights=torch.tensor([1.,2,3,4]))
+dist.all_reduce(part); want = torch.nn.functional.cross_entropy(logits, true, torch.tensor([1.,2,3,4]), ignore_index=255)
+assert torch.allclose(part/2, want, atol=1e-6), (part/2, want)
+print('as one')
+"""
+
+def test_two_processes_count_and_weigh_as_one(tmp_path):
+    (tmp_path/'two.py').write_text(TWO)
+    env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', 'two.py'], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.stdout.count('as one')==2, done.stderr[-2000:]
