@@ -1,0 +1,146 @@
+"""JupyterLab in a real browser: each explorer is moved and clicked, notebooks run. The pictures are kept in _proc/browser.
+
+Which notebooks run depends on the day, a fifth of them each; all of them: MEM_NB_BROWSER=all python -m pytest tests/test_browser.py"""
+import os
+from datetime import date
+from pathlib import Path
+import nbformat, pytest
+from conftest import TINY
+from lab import ROOT, Notebook, absent, chromium, copy_notebook, lab
+
+pytestmark = pytest.mark.skipif(bool(absent()), reason=absent() or 'a browser')
+SHOTS = ROOT/'_proc'/'browser'
+SHARES = 5
+
+EXPLORERS = dict(   # name -> what makes it; in a state in which each control has something to change
+    recording="explore_recording(paths[0], (34,34)).set(position=.4, length=-1)",
+    frames="explore_frames(some[0], (34,34)).set(augmentation='shift', strength=.3, gamma=.6)",
+    masks="explore_masks(frames).set(share=.3)",
+    reconstruction="explore_reconstruction(run)",
+    codebook="explore_codebook(run, page=16)",
+    attention="explore_attention(run)",
+)
+HEAD = """
+from pathlib import Path
+from mem_nb.batches import batch_events
+from mem_nb.formats import read_events
+from mem_nb.frames import to_frames
+from mem_nb.event_widgets import explore_frames, explore_masks, explore_recording
+from mem_nb.model_widgets import explore_attention, explore_codebook, explore_reconstruction
+run,paths = Path('runs/small'),sorted(Path('digits').rglob('*.bin'))[:4]
+some = [read_events(p, size=(34,34)) for p in paths]
+frames = to_frames(batch_events(some, (34,34)), (224,224), gain=2.)
+"""
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory):
+    "A folder for JupyterLab: a run that was trained for seconds, and a notebook with one explorer a cell."
+    from mem_nb.config import parse_config, save_config
+    from mem_nb.pretrain import pretrain
+    from mem_nb.tokenizer import tokenizer
+    root = tmp_path_factory.mktemp('lab')
+    cfg = parse_config(TINY, [f'runs_dir={root}/runs', f'data_path={root}/digits', 'expweek=', 'expname=small'])
+    tokenizer(cfg); pretrain(cfg); save_config(cfg, cfg.folder/'run.conf')
+    cells = [nbformat.v4.new_code_cell(HEAD), *(nbformat.v4.new_code_cell(text) for text in EXPLORERS.values())]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python'))), root/'explorers.ipynb')
+    return root
+
+@pytest.fixture(scope='module')
+def jupyter(root):
+    with lab(root) as url: yield url
+
+@pytest.fixture(scope='module')
+def page(jupyter):
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    with chromium() as page: yield page
+
+@pytest.fixture(scope='module')
+def explorers(page, jupyter):
+    nb = Notebook(page, jupyter, 'explorers.ipynb')
+    errors = nb.run()
+    assert not errors, errors[0]
+    page.wait_for_function(f"document.querySelectorAll('img.mem-nb-picture').length === {len(EXPLORERS)}")
+    yield dict(zip(EXPLORERS, nb.explorers()))
+    assert not nb.errors()
+    nb.close()
+
+@pytest.mark.parametrize('name', EXPLORERS)
+def test_every_control_changes_the_picture_and_back(explorers, name):
+    "A move changes the picture; the way back gives the first one: nothing stale, nothing drawn by chance."
+    e = explorers[name]
+    assert e.picture(), e.told()
+    e.shot(SHOTS/f'{name}.png')
+    unmoved = []
+    for control in e.controls():
+        start,first = control.value(),e.picture()
+        for word,move in control.moves():
+            now = e.after(move, 3)
+            if now is None: continue               # it stands at this end already
+            assert now, f'{control.name} {word}: {e.told()}'
+            if now!=first: break
+        else: unmoved.append(control.name); continue
+        e.shot(SHOTS/f'{name}-{control.name}.png')
+        assert e.after(lambda: control.put(start))==first, f'{control.name}: another picture at {start} than before'
+    assert not unmoved, f'{name}: {", ".join(unmoved)} changed nothing'
+
+@pytest.mark.parametrize('name, where, control', [('reconstruction', (.08,.3), 'patch_number'), ('attention', (.1,.4), 'patch_number'), ('codebook', (.3,.25), 'rank')])
+def test_a_click_on_the_picture_chooses_what_lies_there(explorers, name, where, control):
+    e = explorers[name]
+    start,first = e.control(control).value(),e.picture()
+    assert e.after(lambda: e.click(*where)) not in (None, first)
+    assert e.control(control).value()!=start
+    e.shot(SHOTS/f'{name}-click.png')
+    before = e.count()
+    e.click(.999, .999)                                       # beside all axes
+    assert e.after(lambda: e.click(*where), 1) is None or e.count()>=before
+
+@pytest.mark.parametrize('name, control', [('recording','position'), ('masks','seed')])
+def test_play_goes_on_until_it_is_paused(explorers, name, control):
+    e = explorers[name]
+    start,seen = e.control(control).value(),set()
+    buttons = e.cell.locator('.jupyter-widgets.widget-play button')
+    buttons.nth(0).click()
+    for _ in range(200):
+        seen.add(e.picture())
+        if len(seen)>3: break
+        e.page.wait_for_timeout(50)
+    buttons.nth(0).click()
+    assert len(seen)>3 and e.control(control).value()!=start
+    e.page.wait_for_timeout(1000)
+    count = e.count()
+    e.page.wait_for_timeout(1500)
+    assert e.count()==count
+
+def test_a_picture_that_cannot_be_drawn_leaves_a_sentence_and_no_old_picture(explorers):
+    e = explorers['frames']
+    kind,kept = e.control('augmentation'),e.control('representation')
+    a,b = kind.value(),kept.value()
+    e.after(lambda: kind.put('Equalize'))
+    e.after(lambda: kept.put('voxel grid'))
+    assert not e.picture() and 'three channels' in e.told() and 'Traceback' not in e.told()
+    e.shot(SHOTS/'frames-refused.png')
+    e.after(lambda: kept.put(b))
+    assert e.picture() and 'three channels' not in e.told()
+    e.after(lambda: kind.put(a))
+
+def test_nothing_was_asked_of_another_machine(explorers, page): assert page.left==[]
+
+def notebooks():
+    "Those whose turn it is; with widgets first, which are always run."
+    found = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+    if os.environ.get('MEM_NB_BROWSER')=='all': return found
+    turn = date.today().toordinal()%SHARES
+    return [n for i,n in enumerate(found) if i%SHARES==turn or 'widgets' in n or 'panel' in n]
+
+@pytest.mark.parametrize('name', notebooks())
+def test_a_notebook_runs_in_jupyterlab(page, jupyter, root, name):
+    from nbdev.config import get_config
+    for folder in ('configs','tests'):
+        if not (root/folder).exists(): (root/folder).symlink_to(ROOT/folder)
+    copy_notebook(ROOT/name, root/name, set(get_config().tst_flags.split()))
+    nb = Notebook(page, jupyter, name)
+    try:
+        errors = nb.run()
+        assert not errors, errors[0]
+        page.screenshot(path=SHOTS/f'{Path(name).stem}.png')
+    finally: nb.close()
