@@ -1,9 +1,9 @@
 """A JupyterLab of our own, and Debian's Chromium in front of it: for the tests, and for the benchmark of the widgets.
 
-    with lab(folder) as url, chromium() as page:
-        nb = Notebook(page, url, 'explorers.ipynb'); nb.run()
+    with lab(folder) as url, chromium() as open_page:
+        nb = Notebook(open_page(), url, 'explorers.ipynb'); nb.run()
 """
-import json, os, re, shutil, subprocess, sys, time, urllib.request
+import hashlib, json, os, re, shutil, subprocess, sys, time, urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 import nbformat
@@ -75,18 +75,20 @@ def lab(root:Path):
 
 @contextmanager
 def chromium(width=1400, height=1000):
-    "A page of Debian's Chromium that reaches this machine only; `page.left` lists what it asked of others."
+    "What opens a page of Debian's Chromium that reaches this machine only; `page.left` lists what it asked of others."
     from playwright.sync_api import sync_playwright
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=shutil.which('chromium'), args=['--no-sandbox','--disable-gpu','--disable-background-networking','--disable-dev-shm-usage'])
-        page = browser.new_page(viewport=dict(width=width, height=height))
-        page.left = []
-        def only_here(route):
-            if re.match(r'(https?|wss?)://127\.0\.0\.1[:/]|data:|blob:|file:', route.request.url): return route.continue_()
-            page.left.append(route.request.url); route.abort()
-        page.route('**/*', only_here)
-        page.set_default_timeout(60_000)
-        try: yield page
+        def open_page():
+            page = browser.new_page(viewport=dict(width=width, height=height))
+            page.left = []
+            def only_here(route):
+                if re.match(r'(https?|wss?)://127\.0\.0\.1[:/]|data:|blob:|file:', route.request.url): return route.continue_()
+                page.left.append(route.request.url); route.abort()
+            page.route('**/*', only_here)
+            page.set_default_timeout(60_000)
+            return page
+        try: yield open_page
         finally: browser.close()
 
 class Notebook:
@@ -150,9 +152,10 @@ class Explorer:
     "A panel in the page: its controls, its picture, and what it says below."
     def __init__(self, page, cell): self.page,self.cell,self.img = page,cell,cell.locator('img.mem-nb-picture')
     def count(self): return int(self.img.get_attribute('data-count'))
-    def picture(self): return self.img.get_attribute('src') if self.img.is_visible() else ''
+    def picture(self):
+        "A word for the picture, the same for the same one; '' where there is none."
+        return hashlib.sha256(self.img.get_attribute('src').encode()).hexdigest()[:12] if self.img.is_visible() else ''
     def told(self): return self.cell.locator('.mem-nb-told').inner_text()
-    def refused(self): return not self.picture()
     def shot(self, path): self.cell.scroll_into_view_if_needed(); self.cell.locator('.jp-Cell-outputArea').screenshot(path=path)
 
     def controls(self):
@@ -162,7 +165,7 @@ class Explorer:
     def control(self, name): return next(c for c in self.controls() if c.name==name)
 
     def after(self, act, seconds=20):
-        "The picture that answers an act; the old one where nothing came in a while."
+        "The picture that answers an act; None where none came in a while."
         before = self.count()
         act()
         return self.picture() if self._counted(before, seconds) else None
@@ -172,11 +175,16 @@ class Explorer:
         while self.count()==before:
             if time.monotonic()>end: return False
             time.sleep(.02)
-        last,still = self.count(),time.monotonic()
-        while time.monotonic()-still<.25:                  # until no further picture follows
-            if self.count()!=last: last,still = self.count(),time.monotonic()
-            time.sleep(.02)
+        self.settled()
         return True
+
+    def settled(self, quiet=.25, seconds=20):
+        "Wait until no further picture follows."
+        last,still,end = self.count(),time.monotonic(),time.monotonic()+seconds
+        while time.monotonic()-still<quiet:
+            if self.count()!=last: last,still = self.count(),time.monotonic()
+            if time.monotonic()>end: raise TimeoutError(f'pictures still come after {seconds} s')
+            time.sleep(.02)
 
     def click(self, u, v):
         "Click the picture at a share of its width and height."
