@@ -137,7 +137,9 @@ class Control:
             return [(o, lambda o=o: w.select_option(value=o)) for o in w.locator('option').evaluate_all('os => os.map(o => o.value)') if o!=w.input_value()]
         if kind=='tick': return [('click', self.root.locator('input[type=checkbox]').click)]
         handle = self.root.locator('.noUi-handle')
-        return [(k, lambda k=k: (handle.focus(), handle.press(k))) for k in ('ArrowRight','ArrowLeft','End','Home')]
+        low,now,high = (float(handle.get_attribute(f'aria-value{w}')) for w in ('min','now','max'))
+        keys = [k for k,room in (('ArrowRight',now<high), ('ArrowLeft',now>low), ('End',now<high), ('Home',now>low)) if room]
+        return [(k, lambda k=k: (handle.focus(), handle.press(k))) for k in keys]
 
     def put(self, value):
         "Back to a value it had."
@@ -168,17 +170,24 @@ class Explorer:
         "The picture that answers an act; None where none came in a while."
         before = self.count()
         act()
-        return self.picture() if self._counted(before, seconds) else None
+        if not self._until(lambda: self.count()!=before, seconds): return None
+        self.settled()
+        return self.picture()
 
-    def _counted(self, before, seconds):
+    def becomes(self, picture, seconds=30):
+        "Whether the picture comes to be this one, and stays."
+        self._until(lambda: self.picture()==picture, seconds)
+        self.settled()
+        return self.picture()==picture
+
+    def _until(self, true, seconds):
         end = time.monotonic()+seconds
-        while self.count()==before:
+        while not true():
             if time.monotonic()>end: return False
             time.sleep(.02)
-        self.settled()
         return True
 
-    def settled(self, quiet=.25, seconds=20):
+    def settled(self, quiet=.3, seconds=20):
         "Wait until no further picture follows."
         last,still,end = self.count(),time.monotonic(),time.monotonic()+seconds
         while time.monotonic()-still<quiet:
