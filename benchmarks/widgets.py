@@ -1,4 +1,4 @@
-"How long an explorer takes to answer a control: OMP_NUM_THREADS=2 python benchmarks/widgets.py [--run FOLDER] [--browser] [--json FILE]"
+"How long an explorer takes to answer a control: OMP_NUM_THREADS=2 python benchmarks/widgets.py"
 import sys, tempfile
 from pathlib import Path
 from statistics import median
@@ -36,8 +36,8 @@ def panels(run):
     events = recording(100_000)
     return dict(recording=e.explore_recording(events, (180,240)).set(position=.4),
         frames=e.explore_frames(events, (180,240)).set(augmentation='shift'),
-        masks=e.explore_masks_of(events) if hasattr(e, 'explore_masks_of') else e.explore_masks(_frames(events)),
-        reconstruction=m.explore_reconstruction(run), codebook=m.explore_codebook(run, page=16), attention=m.explore_attention(run))
+        masks=e.explore_masks(_frames(events)), reconstruction=m.explore_reconstruction(run),
+        codebook=m.explore_codebook(run, page=16), attention=m.explore_attention(run))
 
 def _frames(events):
     from mem_nb.batches import batch_events
@@ -47,7 +47,9 @@ def _frames(events):
 def values(control, n):
     "Up to `n` values of a control, other than the one it has."
     if hasattr(control, 'options'): found = list(control.options)
-    elif hasattr(control, 'low'): found = [control.fit(control.low+control.step*round(k*(control.high-control.low)/control.step/n)) for k in range(n+1)]
+    elif hasattr(control, 'low'):
+        steps = round((control.high-control.low)/control.step)
+        found = [control.fit(min(control.high, control.low+control.step*round(k*steps/n))) for k in range(n+1)]
     else: found = [True, False]
     return list(dict.fromkeys(v for v in found if v!=control.value))[:n]
 
@@ -71,6 +73,7 @@ def main(
         for name,panel in panels(run or small_run(root)).items():
             panel.picture()                                   # what the first picture loads is not part of an answer
             for control in panel.controls:
-                if took := answers(panel, control, n): rows.append(record(f'{name}: {control}', 1000*median(took), 'ms', goal=200, better='lower'))
+                took = answers(panel, control, n)
+                if took: rows.append(record(f'{name}: {control}', 1000*median(took), 'ms', goal=200, better='lower'))
     print(table(rows)); print(machine())
     if json: write(json, rows)

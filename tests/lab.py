@@ -11,18 +11,27 @@ from slurm_cluster import die_with_parent, free_ports
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {   # of JupyterLab: no news, no saving, every cell in the page
-    '@jupyterlab/apputils-extension/notification.jupyterlab-settings': dict(fetchNews='false', checkForUpdates=False, doNotDisturbMode=True),
+    '@jupyterlab/apputils-extension/notification.jupyterlab-settings': dict(
+        fetchNews='false', checkForUpdates=False, doNotDisturbMode=True),
     '@jupyterlab/docmanager-extension/plugin.jupyterlab-settings': dict(autosave=False),
     '@jupyterlab/notebook-extension/tracker.jupyterlab-settings': dict(windowingMode='none', scrollPastEnd=False)}
-EXECUTED = """async () => {
+ARGS = ['--no-sandbox','--disable-gpu','--disable-background-networking','--disable-dev-shm-usage']
+READY = """async () => {
   const panel = jupyterapp.shell.currentWidget; await panel.context.ready; await panel.sessionContext.ready;
   const kernel = panel.sessionContext.session && panel.sessionContext.session.kernel;
   return !!kernel && kernel.connectionStatus === 'connected' && kernel.status === 'idle'; }"""
+RUN = """() => { window.ended = '';
+  jupyterapp.commands.execute('notebook:run-all-cells')
+    .then(() => { window.ended = 'yes' }, e => { window.ended = String(e) }); }"""
 ERRORS = """() => { const found = [], cells = jupyterapp.shell.currentWidget.content.model.cells;
   for (let i = 0; i < cells.length; i++) { const c = cells.get(i); if (c.type !== 'code') continue;
     for (const o of c.outputs.toJSON()) if (o.output_type === 'error')
       found.push(`cell ${i}: ${o.ename}: ${o.evalue} in\\n${c.sharedModel.getSource()}\\n${o.traceback.join('\\n')}`); }
+  for (let i = 0; i < cells.length && !found.length; i++) { const c = cells.get(i);
+    if (c.type === 'code' && c.sharedModel.getSource().trim() && c.executionCount === null) found.push(`cell ${i} was not run`); }
   return found; }"""
+NAMES = """es => es.flatMap(e => [...e.classList]).filter(c => c.startsWith('mem-nb-')
+  && !['mem-nb-picture','mem-nb-told'].includes(c)).map(c => c.slice(7))"""
 
 def absent() -> str:
     "Why no notebook can be opened in a browser here, in words; '' where it can."
@@ -39,7 +48,9 @@ def copy_notebook(path:Path, to:Path, left_out:set):
         if cell.cell_type!='code': continue
         cell.outputs,cell.execution_count = [],None
         told = re.findall(r'^#\|\s*(.+?)\s*$', cell.source, flags=re.M)
-        if left_out & {t.split()[0] for t in told} or 'eval: false' in told: cell.cell_type = 'raw'; del cell['outputs'], cell['execution_count']
+        if left_out & {t.split()[0] for t in told} or 'eval: false' in told:
+            cell.cell_type = 'raw'
+            del cell['outputs'], cell['execution_count']
     to.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(nb, to)
 
@@ -52,19 +63,21 @@ def lab(root:Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(values))
     env = os.environ | {f'JUPYTER_{k}_DIR':str(own/k.lower()) for k in ('CONFIG','DATA','RUNTIME')} | dict(
-        JUPYTERLAB_SETTINGS_DIR=str(own/'settings'), JUPYTERLAB_WORKSPACES_DIR=str(own/'workspaces'), IPYTHONDIR=str(own/'ipython'), MPLCONFIGDIR=str(own/'mpl'),
-        PYTHONPATH=str(ROOT), WANDB_MODE='offline', HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1')
+        JUPYTERLAB_SETTINGS_DIR=str(own/'settings'), JUPYTERLAB_WORKSPACES_DIR=str(own/'workspaces'),
+        IPYTHONDIR=str(own/'ipython'), MPLCONFIGDIR=str(own/'mpl'), PYTHONPATH=str(ROOT),
+        WANDB_MODE='offline', HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1')
     for name in ('MPLBACKEND','TQDM_DISABLE'): env.pop(name, None)     # as a user has it
     with open(root/'jupyterlab.log', 'w') as log:
-        server = subprocess.Popen([sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}', '--ServerApp.port_retries=0',
-            '--IdentityProvider.token=', '--expose-app-in-browser', '--ServerApp.open_browser=False', f'--ServerApp.root_dir={root}'],
-            cwd=root, env=env, stdout=log, stderr=log, preexec_fn=die_with_parent)
+        server = subprocess.Popen([sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ip=127.0.0.1',
+            f'--port={port}', '--ServerApp.port_retries=0', f'--ServerApp.root_dir={root}', '--IdentityProvider.token=',
+            '--expose-app-in-browser'], cwd=root, env=env, stdout=log, stderr=log, preexec_fn=die_with_parent)
         try:
             url = f'http://127.0.0.1:{port}'
             for _ in range(600):
                 try: urllib.request.urlopen(f'{url}/api', timeout=5).read(); break
                 except OSError:
-                    if server.poll() is not None: raise RuntimeError(f'JupyterLab ended: {(root/"jupyterlab.log").read_text()[-2000:]}')
+                    if server.poll() is not None:
+                        raise RuntimeError('JupyterLab ended: ' + (root/'jupyterlab.log').read_text()[-2000:])
                     time.sleep(.2)
             else: raise TimeoutError('JupyterLab did not answer in 2 minutes')
             yield url
@@ -78,7 +91,7 @@ def chromium(width=1400, height=1000):
     "What opens a page of Debian's Chromium that reaches this machine only; `page.left` lists what it asked of others."
     from playwright.sync_api import sync_playwright
     with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=shutil.which('chromium'), args=['--no-sandbox','--disable-gpu','--disable-background-networking','--disable-dev-shm-usage'])
+        browser = p.chromium.launch(executable_path=shutil.which('chromium'), args=ARGS)
         def open_page():
             page = browser.new_page(viewport=dict(width=width, height=height))
             page.left = []
@@ -96,8 +109,8 @@ class Notebook:
     def __init__(self, page, url, name):
         self.page,self.name = page,name
         page.goto(f'{url}/lab/tree/{name}?reset')
-        page.wait_for_function("window.jupyterapp && jupyterapp.shell.currentWidget && jupyterapp.shell.currentWidget.sessionContext", timeout=120_000)
-        self._until(EXECUTED, 120)
+        page.wait_for_function("window.jupyterapp && jupyterapp.shell.currentWidget?.sessionContext", timeout=120_000)
+        self._until(READY, 120)
 
     def _until(self, script, seconds):
         end = time.monotonic()+seconds
@@ -107,9 +120,10 @@ class Notebook:
 
     def run(self, seconds=300):
         "Run all cells; the errors in their outputs, as a list of texts."
-        self.page.evaluate("() => { window.ended = ''; jupyterapp.commands.execute('notebook:run-all-cells').then(r => { window.ended = 'yes' }, e => { window.ended = String(e) }); }")
+        self.page.evaluate(RUN)
         self._until("() => window.ended", seconds)
-        return self.errors()
+        said = self.page.evaluate("() => window.ended")
+        return self.errors() + ([] if said=='yes' else [said])
 
     def errors(self): return self.page.evaluate(ERRORS)
     def close(self):
@@ -121,7 +135,9 @@ class Notebook:
 class Control:
     "One control of an explorer; `moves` are what a hand can do to it."
     def __init__(self, explorer, name, root): self.explorer,self.name,self.root = explorer,name,root
-    def kind(self): return next(k for k,css in (('pick','select'),('tick','input[type=checkbox]'),('slide','.noUi-handle')) if self.root.locator(css).count())
+    def kind(self):
+        known = (('pick','select'), ('tick','input[type=checkbox]'), ('slide','.noUi-handle'))
+        return next(k for k,css in known if self.root.locator(css).count())
 
     def value(self):
         kind = self.kind()
@@ -134,7 +150,8 @@ class Control:
         kind = self.kind()
         if kind=='pick':
             w = self.root.locator('select')
-            return [(o, lambda o=o: w.select_option(value=o)) for o in w.locator('option').evaluate_all('os => os.map(o => o.value)') if o!=w.input_value()]
+            options = w.locator('option').evaluate_all('os => os.map(o => o.value)')
+            return [(o, lambda o=o: w.select_option(value=o)) for o in options if o!=w.input_value()]
         if kind=='tick': return [('click', self.root.locator('input[type=checkbox]').click)]
         handle = self.root.locator('.noUi-handle')
         low,now,high = (float(handle.get_attribute(f'aria-value{w}')) for w in ('min','now','max'))
@@ -161,8 +178,8 @@ class Explorer:
     def shot(self, path): self.cell.scroll_into_view_if_needed(); self.cell.locator('.jp-Cell-outputArea').screenshot(path=path)
 
     def controls(self):
-        names = self.cell.locator('[class*="mem-nb-"]').evaluate_all("es => es.flatMap(e => [...e.classList].filter(c => c.startsWith('mem-nb-') && !['mem-nb-picture','mem-nb-told'].includes(c)))")
-        return [Control(self, n.removeprefix('mem-nb-'), self.cell.locator(f'.{n}')) for n in dict.fromkeys(names)]
+        names = self.cell.locator('[class*="mem-nb-"]').evaluate_all(NAMES)
+        return [Control(self, n, self.cell.locator(f'.mem-nb-{n}')) for n in dict.fromkeys(names)]
 
     def control(self, name): return next(c for c in self.controls() if c.name==name)
 

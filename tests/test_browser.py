@@ -1,6 +1,6 @@
 """JupyterLab in a real browser: each explorer is moved and clicked, notebooks run. The pictures are kept in _proc/browser.
 
-Which notebooks run depends on the day, a fifth of them each; all of them: MEM_NB_BROWSER=all python -m pytest tests/test_browser.py"""
+A fifth of the notebooks runs each day; all of them: MEM_NB_BROWSER=all python -m pytest tests/test_browser.py"""
 import os
 from datetime import date
 from functools import partial
@@ -46,7 +46,8 @@ def root(tmp_path_factory):
     cfg = parse_config(TINY, [f'runs_dir={root}/runs', f'data_path={root}/digits', 'expweek=', 'expname=small'])
     tokenizer(cfg); pretrain(cfg); save_config(cfg, cfg.folder/'run.conf')
     cells = [nbformat.v4.new_code_cell(HEAD), *(nbformat.v4.new_code_cell(text) for text in EXPLORERS.values())]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python'))), root/'explorers.ipynb')
+    kernel = dict(name='python3', display_name='python3', language='python')
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=kernel)), root/'explorers.ipynb')
     return root
 
 @pytest.fixture(scope='module')
@@ -170,7 +171,7 @@ def site():
     server.shutdown()
 
 def test_the_documentation_is_clicked_through(open_page, site):
-    "From the front page to each part that its navigation names; the search finds the tokenizer; nothing is loaded from elsewhere."
+    "Each part that the front page names opens; the search finds the tokenizer; nothing is loaded from elsewhere."
     page,wrong = open_page(),[]
     page.on('pageerror', lambda e: wrong.append(str(e)))
     page.goto(site)
