@@ -5,6 +5,7 @@
 """
 import hashlib, json, os, re, shutil, subprocess, sys, time, urllib.request
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 import nbformat
 from slurm_cluster import die_with_parent, free_ports
@@ -36,10 +37,8 @@ NAMES = """es => es.flatMap(e => [...e.classList]).filter(c => c.startsWith('mem
 def absent() -> str:
     "Why no notebook can be opened in a browser here, in words; '' where it can."
     if not shutil.which('chromium'): return 'no chromium here; as root: apt-get install chromium'
-    for name in ('playwright','jupyterlab','anywidget'):
-        try: __import__(name)
-        except ImportError: return f'no {name} here: pip install {name}'
-    return ''
+    lacks = [n for n in ('playwright','jupyterlab','anywidget') if not find_spec(n)]
+    return f"no {', '.join(lacks)} here: pip install {' '.join(lacks)}" if lacks else ''
 
 def copy_notebook(path:Path, to:Path, left_out:set):
     "The notebook without outputs; cells that are not run in a test become text, as nbdev_test leaves them out, too."

@@ -17,7 +17,7 @@ SHARES = 5
 
 EXPLORERS = dict(   # name -> what makes it; in a state in which each control has something to change
     recording="explore_recording(paths[0], (34,34)).set(position=.4, length=-1)",
-    frames="explore_frames(some[0], (34,34)).set(augmentation='shift', strength=.3, gamma=.6)",
+    frames="explore_frames(broken, (34,34)).set(augmentation='shift', strength=.3, gamma=.6)",
     masks="explore_masks(frames).set(share=.3)",
     reconstruction="explore_reconstruction(run)",
     codebook="explore_codebook(run, page=16)",
@@ -26,29 +26,40 @@ EXPLORERS = dict(   # name -> what makes it; in a state in which each control ha
 ALONE = {('reconstruction','weights')}   # a finished run has kept its final weights only
 HEAD = """
 from pathlib import Path
+import numpy as np
 from mem_nb.batches import batch_events
+from mem_nb.events import make_events
 from mem_nb.formats import read_events
 from mem_nb.frames import to_frames
 from mem_nb.event_widgets import explore_frames, explore_masks, explore_recording
 from mem_nb.model_widgets import explore_attention, explore_codebook, explore_reconstruction
 run,paths = Path('runs/small'),sorted(Path('digits').rglob('*.bin'))[:4]
 some = [read_events(p, size=(34,34)) for p in paths]
+e,n = some[0],400                                  # and a pixel that is broken
+hot = make_events(np.full(n, 3), np.full(n, 3), np.linspace(e['t'][0], e['t'][-1], n).astype(int), np.ones(n, bool))
+broken = np.sort(np.concatenate([e, hot]), order='t', kind='stable')
 frames = to_frames(batch_events(some, (34,34)), (224,224), gain=2.)
 """
 
 @pytest.fixture(scope='module')
 def root(tmp_path_factory):
-    "A folder for JupyterLab: a run that was trained for seconds, and a notebook with one explorer a cell."
+    "The folder that JupyterLab serves."
+    root = tmp_path_factory.mktemp('lab')
+    for folder in ('configs','tests'): (root/folder).symlink_to(ROOT/folder)
+    return root
+
+@pytest.fixture(scope='module')
+def written(root):
+    "In it, a run that was trained for seconds, and a notebook with one explorer a cell."
+    for module in ('event_widgets','model_widgets'): pytest.importorskip(f'mem_nb.{module}')
     from mem_nb.config import parse_config, save_config
     from mem_nb.pretrain import pretrain
     from mem_nb.tokenizer import tokenizer
-    root = tmp_path_factory.mktemp('lab')
     cfg = parse_config(TINY, [f'runs_dir={root}/runs', f'data_path={root}/digits', 'expweek=', 'expname=small'])
     tokenizer(cfg); pretrain(cfg); save_config(cfg, cfg.folder/'run.conf')
-    cells = [nbformat.v4.new_code_cell(HEAD), *(nbformat.v4.new_code_cell(text) for text in EXPLORERS.values())]
+    cells = [nbformat.v4.new_code_cell(text) for text in (HEAD, *EXPLORERS.values())]
     kernel = dict(name='python3', display_name='python3', language='python')
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=kernel)), root/'explorers.ipynb')
-    return root
 
 @pytest.fixture(scope='module')
 def jupyter(root):
@@ -63,8 +74,7 @@ def open_page():
 def page(open_page): return open_page()
 
 @pytest.fixture(scope='module')
-def explorers(open_page, jupyter):
-    for module in ('event_widgets','model_widgets'): pytest.importorskip(f'mem_nb.{module}')
+def explorers(open_page, written, jupyter):
     page = open_page()
     nb = Notebook(page, jupyter, 'explorers.ipynb')
     errors = nb.run()
@@ -147,8 +157,6 @@ def notebooks():
 @pytest.mark.parametrize('name', notebooks())
 def test_a_notebook_runs_in_jupyterlab(page, jupyter, root, name):
     from nbdev.config import get_config
-    for folder in ('configs','tests'):
-        if not (root/folder).exists(): (root/folder).symlink_to(ROOT/folder)
     copy_notebook(ROOT/name, root/name, set(get_config().tst_flags.split()))
     nb = Notebook(page, jupyter, name)
     try:
