@@ -160,7 +160,7 @@ def test_a_notebook_runs_in_jupyterlab(page, jupyter, root, name):
     copy_notebook(ROOT/name, root/name, set(get_config().tst_flags.split()))
     nb = Notebook(page, jupyter, name)
     try:
-        errors = nb.run()
+        errors = nb.run(seconds=600)
         assert not errors, errors[0]
         page.screenshot(path=SHOTS/f'{Path(name).stem}.png')
     finally: nb.close()
