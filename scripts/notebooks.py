@@ -10,6 +10,8 @@ from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 from nbdev.process import extract_directives
 
+VIEW = 'application/vnd.jupyter.widget-view+json'
+
 class Client(NotebookClient):
     "Runs a notebook as nbdev_test does: cells with a flag in `left_out` or with `eval: false` stay as they are."
     left_out = frozenset()
@@ -31,8 +33,10 @@ def run(
     client = Client(nb, timeout=900, kernel_name='python3', resources={'metadata':{'path':str(path.parent)}})
     client.left_out = left_out
     client.execute()
-    for cell in nb.cells:  # a progress bar is a widget, which without a kernel is a line of noise
-        if 'outputs' in cell: cell.outputs = [o for o in cell.outputs if 'application/vnd.jupyter.widget-view+json' not in o.get('data', {})]
+    for cell in nb.cells:  # a widget without a kernel is a line of noise; an explorer leaves its picture, a progress bar nothing
+        views = [o['data'] for o in cell.get('outputs', ()) if VIEW in o.get('data', {})]
+        for data in views: del data[VIEW]
+        if views: cell.outputs = [o for o in cell.outputs if o.get('data') is None or 'image/png' in o['data'] or o['data'] not in views]
     nb.metadata.pop('widgets', None)
     nbformat.write(nb, path)
     nbdev_clean(str(path))
