@@ -83,6 +83,7 @@ def _how_far(name, records, now):
     left = (last.get('steps', last['step'])-last['step'])*last.get('step_seconds', 0)
     return f"{name}: step {last['step']:,} of {last.get('steps', last['step']):,}, {last.get('images_s', 0):,.0f} images/s, {left/60:,.0f} min left"
 
+# %% ../nbs/16c_run_widgets.ipynb #3bb1ce7f
 @explorer
 def watch_training(
     *runs,           # folders of runs
