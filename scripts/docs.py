@@ -178,6 +178,7 @@ def write_source():
     for md in (SOURCE/'howto').glob('*.md'): md.write_text(linked(md.read_text(encoding='utf-8'), links), encoding='utf-8')
     (SOURCE/'changelog.md').write_text((ROOT/'CHANGELOG.md').read_text(encoding='utf-8'), encoding='utf-8')
     (SOURCE/'results.md').write_text((ROOT/'benchmarks'/'RESULTS.md').read_text(encoding='utf-8'), encoding='utf-8')
+    for picture in (ROOT/'benchmarks').glob('*.svg'): shutil.copy(picture, SOURCE)       # which it shows
 
 class Page(HTMLParser):
     "Collects what a page links to, what it loads, and where it can be linked to."

@@ -1,6 +1,6 @@
 """JupyterLab in a real browser: each explorer is moved and clicked, notebooks run. The pictures are kept in _proc/browser.
 
-A fifth of the notebooks runs each day; all of them: MEM_NB_BROWSER=all python -m pytest tests/test_browser.py"""
+A tenth of the notebooks runs each day; all of them: MEM_NB_BROWSER=all python -m pytest tests/test_browser.py"""
 import os
 from datetime import date
 from functools import partial
@@ -13,7 +13,7 @@ from lab import ERRORS, ROOT, Notebook, absent, chromium, copy_notebook, lab
 
 pytestmark = pytest.mark.skipif(bool(absent()), reason=absent() or 'a browser')
 SHOTS = ROOT/'_proc'/'browser'
-SHARES = 5
+SHARES = 10
 
 EXPLORERS = dict(   # name -> what makes it; in a state in which each control has something to change
     recording="explore_recording(paths[0], (34,34)).set(position=.4, length=-1)",
