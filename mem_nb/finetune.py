@@ -16,14 +16,15 @@ import numpy as np, torch, torch.nn.functional as F
 from timm.optim import param_groups_layer_decay
 from torch import nn
 from torchvision.transforms import v2
-from .config import Config, load_config
+from .config import Config, load_config, process_rank
 from .store import EventStore, split_hash
 from .datasets import prepared, store_path
 from .data import eval_batches, make_frames, num_steps, train_batches
 from .metrics import accuracy_metrics
 from .splits import check_labels, check_overlap, draw_labels, label_subset, save_list
 from .encoder import config_encoder, from_vit, load_encoder, rgb_weights
-from .state import load_weights, save_weights, step_settings, weights_hash, write_json
+from .shard import first_says
+from .state import is_parted, load_weights, save_weights, step_settings, weights_hash, write_json
 from .train import cosine_schedule, fit
 
 _all_ = ['accuracy_metrics','label_subset']   # from `metrics` and `splits`
@@ -128,9 +129,9 @@ class Best:
     def look(self, model):
         "Judge the weights; write them where they are better than all before. Gives what validation logs."
         score,found = self.judge(model)
-        if score>self.score():
+        if first_says(score>self.score(), is_parted(model)):
             save_weights(model, self.file)
-            write_json(dict(score=score, metrics=found, settings=self.settings), self.file.with_suffix('.json'))
+            if process_rank()[0]==0: write_json(dict(score=score, metrics=found, settings=self.settings), self.file.with_suffix('.json'))
         return found
 
     def score(self):

@@ -40,15 +40,16 @@ def launch(
     num_processes:int,  # on this machine; with GPUs one each
     *args,              # of the function
 ):                      # what the first process returns
-    "Call a function in several processes forked from this one; RuntimeError says which of them failed first, and why."
+    "Call a function in several processes forked from this one, the first of which may print; RuntimeError says which of them failed first, and why."
     if AcceleratorState._shared_state: AcceleratorState._reset_state(True)     # left by a training in this process
     with tempfile.TemporaryDirectory() as folder:
         answer,out = Path(folder)/'answer',sys.stdout
         def work():
             logging.disable(logging.NOTSET)
             training.tqdm = _bar
-            with redirect_stdout(out), _after_its_cause(): result = function(*args)
-            if process_rank()[0]==0: answer.write_bytes(pickle.dumps(result))
+            first = process_rank()[0]==0
+            with open(os.devnull, 'w') as nowhere, redirect_stdout(out if first else nowhere), _after_its_cause(): result = function(*args)
+            if first: answer.write_bytes(pickle.dumps(result))
         try:
             logging.disable(logging.ERROR)      # the launcher calls CPUs "CUDAs", and shows every error three times
             with open(os.devnull, 'w') as nowhere, redirect_stdout(nowhere): notebook_launcher(work, (), num_processes, use_port=str(_free_port()))

@@ -27,6 +27,7 @@ class RunConfig:
     device:str = 'auto'        # auto, cpu, cuda
     precision:str = 'auto'     # auto (bf16 on a GPU or CPU that has it, else fp32), fp32, bf16, fp16
     compile:bool = False       # torch.compile the model: minutes at the start, then faster on a GPU; needs a C compiler
+    shard:bool = False         # share the model out among the processes (FSDP), where it does not fit one; needs more than one
     num_workers:int = 0        # processes that read batches; 0 reads in the training process
     prepare_workers:int = 0    # processes that prepare recordings; 0: one a core
     prepare_parts:int = 1      # elements of the job array among which `mem_nb prepare --slurm` divides the recordings

@@ -25,9 +25,10 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from tqdm.auto import tqdm
 from .config import RunConfig, Stopped, on_signals, process_rank
+from .shard import first_says, opened, share_out
 from .store import locked
 from .state import (NOT_OF_THE_RESULT, TrainingState, append_log, atomic, check_settings, final_metrics, finish, has_state, is_done,
-                          load_weights, read_log, rewind_log, save_weights, step_settings, weights_hash, write_json)
+                          load_weights, read_log, rewind_log, save_weights, step_settings, weights_hash, whole, write_json)
 
 _all_ = ['NOT_OF_THE_RESULT','TrainingState','atomic','check_settings','final_metrics','is_done','load_weights','read_log',
          'save_weights','step_settings','weights_hash','write_json']
@@ -146,7 +147,7 @@ def train_step(
             acc.backward(loss/accumulate)
         samples += len(batch)
         for k,v in dict(metrics, loss=loss).items(): totals[k] = totals.get(k,0) + v.detach()/accumulate
-    norm = acc.clip_grad_norm_(state.model.parameters(), grad_clip or float('inf'))
+    norm = whole(acc.clip_grad_norm_(state.model.parameters(), grad_clip or float('inf')))
     try: check_finite(totals['loss'], norm, acc.scaler)
     except FloatingPointError as e: raise FloatingPointError(f"{e} at step {state.step}, learning rate {lr:.3g}") from None
     state.optimizer.step(); state.optimizer.zero_grad()
@@ -199,8 +200,8 @@ class Trainer:
         with locked(self.folder, 'training in') if process_rank()[0]==0 else nullcontext(), listening() as self.asked:
             self._start()
             self._train()
-            if self.acc.is_main_process and self.choose: self.metrics = self.choose(self.state, self.metrics)
-            if self.acc.is_main_process: finish(self.state, self.folder, self.metrics, self.settings)
+            if self.takes_part and self.choose: self.metrics = self.choose(self.state, self.metrics)
+            if self.takes_part: finish(self.state, self.folder, self.metrics, self.settings)
             self.acc.wait_for_everyone()
             for tracker in self.acc.trackers: tracker.finish()           # the processes stay joined for the next step
             if self._any(bool(self.asked)): raise Stopped(f"{self.desc}: finished, and asked to stop before what comes next. The same command continues")
@@ -239,8 +240,12 @@ def _start(self:Trainer):
     self.folder.mkdir(parents=True, exist_ok=True)
     self.acc = make_accelerator(self.run)
     if self.run.compile: compile_model(self.model)
-    self.loss,optimizer = self.acc.prepare(Loss(self.model.train(), self.loss_fn), self.optimizer)
-    ema = ModelEmaV3(self.model, decay=self.ema_decay, use_warmup=True) if self.ema_decay else None
+    self.loss,ema = Loss(self.model.train().to(self.acc.device), self.loss_fn),None
+    if self.ema_decay: ema = ModelEmaV3(self.model, decay=self.ema_decay, use_warmup=True)
+    self.parted = self.run.shard and self.acc.num_processes>1
+    self.takes_part = self.parted or self.acc.is_main_process      # in what only the first process needs to do
+    if self.parted: optimizer = self.acc.prepare(share_out(self.loss, self.model, self.optimizer, ema, self.acc))
+    else: self.loss,optimizer = self.acc.prepare(self.loss, self.optimizer)
     self.state,self.file,self.metrics = TrainingState(self.model, optimizer, ema, self.acc.scaler),self.folder/'last'/'state.pt',{}
     if has_state(self.file): self.state.load(self.file, self.settings, self.run.allow_changes)
     if self.state.step>=self.steps: raise ValueError(f"{self.file} is of step {self.state.step}, these settings end at {self.steps}; take another expname")
@@ -261,13 +266,13 @@ def _step(self:Trainer, todo, bar):
     last = state.step==self.steps
     due = last or (self.validate_every and state.step%self.validate_every==0)
     if due or state.step%self.run.log_every==0: self._report(lr, due, bar)
-    overdue = time.time()-self.saved > 60*self.run.save_minutes
+    overdue = first_says(time.time()-self.saved > 60*self.run.save_minutes, self.parted)
     if not last and (overdue or (self.save_every and state.step%self.save_every==0)): self._save()
 
 @patch
 def _save(self:Trainer):
     "Save the whole state."
-    if self.acc.is_main_process: self.state.save(self.file, self.settings)
+    if self.takes_part: self.state.save(self.file, self.settings)
     self.saved,self.kept = time.time(),self.state.step
 
 @patch
@@ -283,19 +288,26 @@ def _report(self:Trainer, lr, validate, bar):
     "Write a line of the log; validate and draw first where that is due."
     if self.acc.num_processes>1: self.state.sums = _shared(self.acc, self.state.sums)
     self.metrics = dict(self.state.means(), lr=lr)
+    if self.takes_part and validate: self._judge()
     if self.acc.is_main_process:
-        if validate and self.validate: self.metrics |= _validate(self.acc, self.state, self.validate)
-        if validate and self.media and (self.state.step==self.steps or time.time()-self.drawn>60):   # drawing takes a second
-            _save_media(self.acc, self.media(self.state.averaged), self.folder, self.state.step)
-            self.drawn = time.time()
         append_log(self.folder, dict(self.metrics, steps=self.steps))   # so that one can tell how far it is
-    if self.acc.is_main_process: self.acc.log({k:v for k,v in self.metrics.items() if k!='step'}, step=self.state.step)
+        self.acc.log({k:v for k,v in self.metrics.items() if k!='step'}, step=self.state.step)
     self.acc.wait_for_everyone()
     shown = {k:f'{v:.3g}' for k,v in self.metrics.items() if k in SHOWN}
     bar.set_postfix(shown, refresh=False)
     if bar.disable and self.acc.is_main_process and (time.time()-self.told>60*PROGRESS_MINUTES or self.state.step==self.steps):
         self.told = time.time()
         print(progress_line(self.desc, self.state.step, self.steps, self.metrics['step_seconds'], shown), flush=True)
+
+@patch
+def _judge(self:Trainer):
+    "Validate, and draw."
+    with opened(self.loss) if self.parted else nullcontext():
+        if self.validate: self.metrics |= _validate(self.acc, self.state, self.validate)
+        if not self.media or not first_says(self.state.step==self.steps or time.time()-self.drawn>60, self.parted): return   # drawing takes a second
+        figures = self.media(self.state.averaged)
+    if self.acc.is_main_process: _save_media(self.acc, figures, self.folder, self.state.step)
+    self.drawn = time.time()
 
 PROGRESS_MINUTES = 1.  # between two lines where a bar would be noise, as in a job's log
 SHOWN = ('loss','val_accuracy','val_masked_accuracy','val_commonest','val_masked_accuracy_filled','val_commonest_filled')  # beside the bar

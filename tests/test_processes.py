@@ -42,13 +42,15 @@ class_ema_decay = 0.99
 class_methods = scratch
 log_every = 1
 device = cpu
+precision = fp32
 expweek =
 """
 # what is trained in one process and in two: name -> (step, settings)
 CASES = {'tokens':('pretrain', []), 'random':('pretrain', ['masking=random']), 'event':('pretrain', ['masking=event']),
          'informative':('pretrain', ['pt_informative=1.2', 'masking=random']), 'mae':('pretrain', ['mae=1']),
          'mae_informative':('pretrain', ['mae=1', 'pt_norm_pix=1', 'pt_informative=1']),
-         'finetune':('finetune', []), 'tokenizer':('tokenizer', [])}
+         'finetune':('finetune', []), 'held_out':('finetune', ['class_keep=held_out']), 'tokenizer':('tokenizer', [])}
+SHARDED = ('tokens','mae','finetune','held_out','tokenizer')    # also with the model shared out
 WORDS = "import sys; sys.path.insert(0, sys.argv[1])\nfrom test_processes import main; main(*sys.argv[2:])"
 
 def words(name, settings):
@@ -60,6 +62,7 @@ def together(cases):
     "Under torchrun: every case in two processes, one after the other."
     from mem_nb.pipeline import command
     for name,(step,settings) in cases.items(): command(step, 'x.conf', words(f'two_{name}', settings))
+    for name in SHARDED: command(cases[name][0], 'x.conf', words(f'cut_{name}', [*cases[name][1], 'shard=1']))
 
 def at_step(number, do, rank=None):
     "Do something in the middle of a step: after the gradients, before the weights have moved."
@@ -157,6 +160,23 @@ def test_two_processes_take_the_steps_of_one_in_the_tokenizer(folder):
     one,two = (log_of(folder, f'{n}_tokenizer') for n in ('one','two'))
     for a,b in zip(one, two):
         for k in ('loss','recon','usage','grad_norm'): assert b[k]==pytest.approx(a[k], rel=1e-5 if k=='loss' else 1e-4), (a['step'], k)
+
+@pytest.mark.parametrize('name', SHARDED)
+def test_a_model_shared_out_takes_the_same_steps_and_leaves_whole_files(folder, name):
+    from safetensors.torch import load_file
+    two,cut = (log_of(folder, f'{n}_{name}') for n in ('two','cut'))
+    assert len(two)==len(cut)>=3
+    for a,b in zip(two, cut):
+        for k in a.keys() & {'loss','grad_norm','val_accuracy','val_loss','val_masked_accuracy','val_held_out_accuracy'}:
+            assert b[k]==pytest.approx(a[k], rel=1e-4, abs=1e-6), (a['step'], k)
+    a,b = (load_file(next((folder/'runs'/f'{n}_{name}').glob(f'{CASES[name][0]}/**/final.safetensors'))) for n in ('two','cut'))
+    assert a.keys()==b.keys() and all(a[k].shape==b[k].shape for k in a)
+    assert max((a[k].double()-b[k].double()).abs().max().item() for k in a) < 2e-3
+
+def test_fp16_is_refused_where_the_model_is_shared_out():
+    from types import SimpleNamespace
+    from mem_nb.shard import share_out
+    with pytest.raises(ValueError, match='shard = 1 does not go with precision = fp16'): share_out(None, None, None, None, SimpleNamespace(scaler=1))
 
 @pytest.fixture(scope='module')
 def told(folder):
