@@ -17,6 +17,7 @@ from pathlib import Path
 import torch, torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from common import machine, record, table, write
+from mem_nb.train import compile_model, written_out_attention
 
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 STEPS = ('vae','tokens','mem','mae','finetune')
@@ -76,19 +77,22 @@ def trained(model, loss, optimizer, clip, after=lambda: None):
     def update():
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step(); optimizer.zero_grad(); after()
+    update.model = model
     return loss,update
 
 def tokens_step(batch, device, plain):
     "Tokens of a batch."
     from mem_nb.tokenizer import EventVAE
     vae,frames = EventVAE().to(device).eval().requires_grad_(False),torch.rand(batch, 3, 224, 224, device=device)
-    return (lambda: vae.encoder(frames).softmax(1).argmax(1) if plain else vae.tokens(frames)),None
+    def tokens(): return vae.encoder(frames).softmax(1).argmax(1) if plain else vae.tokens(frames)
+    tokens.tokenizer = vae
+    return tokens,None
 
 def vit(device, plain, **kw):
     "The paper's encoder; the plain one with attention written out."
     from mem_nb.encoder import build_encoder
     encoder = build_encoder((224,224), 16, drop_path=.1, **kw).to(device)
-    for b in encoder.blocks: b.attn.fused_attn = not plain
+    if plain: written_out_attention(encoder)
     return encoder
 
 def hidden(batch, device):
@@ -105,6 +109,7 @@ def mem_step(batch, device, plain):
         with torch.no_grad(): target = tokens().flatten(1)
         if not plain: return masked_loss(model(frames, mask), target.view(batch, -1), mask)
         return masked_loss(model.head(model.forward_features(frames, mask)[:,1:])[mask], target, mask)
+    loss.tokenizer = tokens.tokenizer
     optimizer = torch.optim.AdamW(model.parameters(), 5e-4, (.9,.95), foreach=False) if plain else pretrain_optimizer(model, 5e-4, .05)
     return trained(model, loss, optimizer, 30.)
 
@@ -112,7 +117,7 @@ def mae_step(batch, device, plain):
     "One step of the masked autoencoder."
     from mem_nb.pretrain import MaskedAutoencoder, pixel_loss, pretrain_optimizer
     model,(frames,mask) = MaskedAutoencoder(vit(device, plain)).to(device),hidden(batch, device)
-    for b in model.blocks: b.attn.fused_attn = not plain
+    if plain: written_out_attention(model)
     optimizer = torch.optim.AdamW(model.parameters(), 5e-4, (.9,.95), foreach=False) if plain else pretrain_optimizer(model, 5e-4, .05)
     return trained(model, lambda: pixel_loss(model(frames, mask), frames, mask), optimizer, 30.)
 
@@ -132,7 +137,9 @@ def measure(name, batch, device, dtype, plain, repeats, compiled=False, clock=ti
     if device=='cuda': torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False   # fp32 is fp32
     torch.manual_seed(0)
     loss,update = globals()[f'{name}_step'](batch, device, plain)
-    if compiled: loss = torch.compile(loss)
+    if update and device=='cpu' and dtype=='bf16': written_out_attention(update.model)       # as the training loop does
+    for m in (getattr(update, 'model', None), getattr(loss, 'tokenizer', None)):
+        if compiled and m is not None: compile_model(m)
     kind = DTYPES[dtype]
     precision = partial(torch.autocast, device, kind) if kind!=torch.float32 else contextlib.nullcontext
     def step():
@@ -279,7 +286,7 @@ if __name__=='__main__':
     parser.add_argument('--dtype', choices=tuple(DTYPES), help='default: fp32 on a CPU, bf16 on a GPU')
     parser.add_argument('--repeats', type=int, default=5, help='steps timed; the fastest counts')
     parser.add_argument('--no-plain', dest='plain', action='store_false', help='leave the plain way out')
-    parser.add_argument('--compile', action='store_true', help='torch.compile forward and loss')
+    parser.add_argument('--compile', action='store_true', help='as compile = 1 in a configuration')
     parser.add_argument('--cpu-time', action='store_true', help='count time of the processor, not of the clock: for a busy machine and OMP_NUM_THREADS=1')
     parser.add_argument('--json', help='file for the records')
     parser.add_argument('--one', choices=STEPS, help=argparse.SUPPRESS)

@@ -32,7 +32,7 @@ from .targets import (commonest_share, contrast_loss, counted_mean, filled_patch
                             masked_loss, outcome, patch_scale, pixel_loss, projector)
 from .tokenizer import load_tokenizer, tokenizer_path
 from .state import load_weights, step_settings, weights_hash
-from .train import cosine_schedule, fit, step_seed
+from .train import compile_model, cosine_schedule, fit, step_seed
 from .viz import HIDDEN, frame_to_rgb
 
 _all_ = ['frozen_tokens','hidden_pixels','masked_accuracy','masked_loss','pixel_loss']   # from `targets`
@@ -308,7 +308,10 @@ def pretrain_task(
     shared = dict(train=EventStore(folder), val=EventStore(folder, 'val'), data=cfg.data, grid=cfg.grid, kind=p.masking,
                   num_hidden=p.num_mask_patches, seed=cfg.run.seed, jitter=p.color_jitter,
                   two_views=p.two_views, informative=p.informative, norm_pix=p.norm_pix, hidden=p.hidden, contrast=p.contrast, batch_size=p.batch_size)
-    return PixelTask(**shared) if p.mae else TokenTask(**shared, vae=load_tokenizer(cfg))
+    if p.mae: return PixelTask(**shared)
+    vae = load_tokenizer(cfg)
+    if cfg.run.compile: compile_model(vae)
+    return TokenTask(**shared, vae=vae)
 
 def pretrain(
     cfg:Config,  # the run

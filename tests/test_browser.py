@@ -120,15 +120,15 @@ def test_a_click_on_the_picture_chooses_what_lies_there(explorers, name, control
 @pytest.mark.parametrize('name, control', [('recording','position'), ('masks','seed')])
 def test_play_goes_on_until_it_is_paused(explorers, name, control):
     e = explorers[name]
-    start,seen = e.control(control).value(),set()
+    seen,values = set(),set()
     button = e.cell.locator('.widget-play button').first
     button.click()
     for _ in range(400):
-        seen.add(e.picture())
+        seen.add(e.picture()); values.add(e.control(control).value())
         if len(seen)>3: break
         e.page.wait_for_timeout(50)
     button.click()
-    assert len(seen)>3 and e.control(control).value()!=start
+    assert len(seen)>3 and len(values)>1             # the last value may be the first again: playing goes round
     e.settled(quiet=2)
 
 def test_a_picture_that_cannot_be_drawn_leaves_a_sentence_and_no_old_picture(explorers):
