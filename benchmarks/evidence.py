@@ -3,7 +3,7 @@
 python benchmarks/evidence.py --data <folder with Train/<digit>/<id>.bin> --json benchmarks/evidence.json
 
 Stop it at any moment; the same command goes on, and the records hold what is finished. `--seeds 0 1`, `--labels 50 100` and `--arms` do a part.
-Nothing is tuned here: the recipes stand in configs/nmnist.conf and in ARMS, and were found on the training part (nbs/15d_recipes.ipynb).
+Nothing is tuned here: the recipes stand in configs/nmnist.conf and in ARMS, and were found on the training part (nbs/tutorials/recipes.ipynb).
 """
 import argparse, json
 from pathlib import Path

@@ -39,6 +39,7 @@ class _Ragged:
         "The samples `start`…`stop-1`, without a copy."
         a,b = self.offsets[start],self.offsets[stop]
         columns = {k:v[a:b] for k in self.columns if (v := getattr(self, k)) is not None}
+        if getattr(self, 'which', None) is not None: columns['which'] = self.which[start:stop]
         return replace(self, **columns, offsets=self.offsets[start:stop+1]-a, labels=self.labels[start:stop])
 
 @dataclass
@@ -96,6 +97,7 @@ class PackedBatch(_Ragged):
     labels:torch.Tensor   # `(B,)` int64, -1 where there is none
     size:tuple            # sensor `(H, W)` in pixels
     rows:tuple=None       # (first, total) where several processes share a batch: these are rows first… of total
+    which:torch.Tensor=None  # `(B,)` int64, the samples' places in their store
 
     columns = ('words',)
 

@@ -26,7 +26,7 @@ def collate(
     slices = [store.slice(i, max_events, u) for i,u in zip(indices, starts)]
     words = torch.from_numpy(np.concatenate(slices).view(np.int64))
     offsets = torch.from_numpy(np.cumsum([0, *map(len, slices)]))
-    return PackedBatch(words, offsets, torch.from_numpy(store.labels[indices]), store.size)
+    return PackedBatch(words, offsets, torch.from_numpy(store.labels[indices]), store.size, which=torch.as_tensor(indices))
 
 # %% ../nbs/07_data.ipynb #b86970d6
 @dataclass

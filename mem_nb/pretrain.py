@@ -28,7 +28,7 @@ from .encoder import (config_encoder, encode_patches, from_patches, from_vit, lo
                             sincos_positions, to_patches)
 from .masking import make_masks, patch_events
 from .probes import knn_signal
-from .targets import (commonest_share, contrast_loss, counted_mean, filled_patches, frozen_tokens, hidden_pixels, masked_accuracy,
+from .targets import (TokenCache, check_fixed, commonest_share, contrast_loss, counted_mean, filled_patches, frozen_tokens, hidden_pixels, masked_accuracy,
                             masked_loss, outcome, patch_scale, pixel_loss, projector)
 from .tokenizer import load_tokenizer, tokenizer_path
 from .state import load_weights, step_settings, weights_hash
@@ -153,7 +153,7 @@ class HiddenTask:
     def loss(self, model, batch, step, generator):
         "Loss and metrics of one training step; with `contrast` of two views of each recording."
         target,seen,mask = self.view(batch, generator)
-        if not self.contrast: return self.judge(model(seen, mask), target, mask)
+        if not self.contrast: return self.judge(model(seen, mask), target, mask, batch)
         target,seen,mask = (torch.cat(v) for v in zip((target, seen, mask), self.view(batch, generator)))
         out,vectors = model(seen, mask, True, self.hidden>0)
         (loss,scores),(apart,found) = self.judge(out, target, mask) if self.hidden else (0.,{}), contrast_loss(*vectors.chunk(2))
@@ -178,9 +178,12 @@ class HiddenTask:
 # %% ../nbs/12_pretrain.ipynb #fb629cfd
 class TokenTask(HiddenTask):
     "Name the hidden tokens."
-    def judge(self, logits, frames, mask):
+    cache = None       # TokenCache, where frames do not change
+    def tokens(self, frames, batch): return self.cache(self.vae, frames, batch.which) if self.cache else frozen_tokens(self.vae, frames)
+
+    def judge(self, logits, frames, mask, batch=None):
         "Loss and accuracies of one batch, beside the share of the batch's own commonest token."
-        tokens,filled = frozen_tokens(self.vae, frames),filled_patches(frames, mask)
+        tokens,filled = self.tokens(frames, batch),filled_patches(frames, mask)
         scores = {f'masked_accuracy{end}':masked_accuracy(logits, tokens, mask, f) for end,f in (('',None), ('_filled',filled))}
         scores |= {f'commonest{end}':commonest_share(tokens[mask], f, self.vae.num_tokens) for end,f in (('',None), ('_filled',filled))}
         return masked_loss(logits, tokens, mask, self.counts(frames, mask)), scores
@@ -206,7 +209,7 @@ class TokenTask(HiddenTask):
 # %% ../nbs/12_pretrain.ipynb #4eba9507
 class PixelTask(HiddenTask):
     "Paint the hidden pixels."
-    def judge(self, pixels, frames, mask): return pixel_loss(pixels, frames, mask, self.norm_pix, self.counts(frames, mask)), {}
+    def judge(self, pixels, frames, mask, batch=None): return pixel_loss(pixels, frames, mask, self.norm_pix, self.counts(frames, mask)), {}
 
     def tally(self, pixels, frames, mask):
         "Squared error of each hidden patch that counts, and that of the mean target of training frames."
@@ -311,7 +314,11 @@ def pretrain_task(
     if p.mae: return PixelTask(**shared)
     vae = load_tokenizer(cfg)
     if cfg.run.compile: compile_model(vae)
-    return TokenTask(**shared, vae=vae)
+    task = TokenTask(**shared, vae=vae)
+    if not p.token_cache: return task
+    check_fixed(cfg, task.train)
+    task.cache = TokenCache(len(task.train), cfg.grid, vae.num_tokens)
+    return task
 
 def pretrain(
     cfg:Config,  # the run

@@ -159,6 +159,7 @@ class PretrainConfig:
     hidden:float = 1.          # weight of what is hidden; 0: not asked, which leaves the two views
     contrast:float = 0.        # weight of telling two views of a recording from those of others, as in CAN; 0: none, and one view
     two_views:bool = False     # the target is the frame before its jitter, as in BEiT
+    token_cache:bool = False   # name the tokens of each recording once; where frames do not change, that is without augmentation
     lr_decay:float = 1.        # read by nothing, as in the original: the schedule is a cosine
     knn_epochs:float = 0.      # epochs between two looks at the nearest neighbours of frozen features, which needs labels; 0: none
     save_ckpt_freq:int = 25    # epochs between two saved states (save_minutes may come first)

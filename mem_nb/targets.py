@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['filled_patches', 'summed', 'counted_mean', 'frozen_tokens', 'masked_loss', 'masked_accuracy', 'commonest_share',
-           'patch_scale', 'hidden_pixels', 'pixel_loss', 'projector', 'contrast_loss', 'outcome']
+           'TokenCache', 'check_fixed', 'patch_scale', 'hidden_pixels', 'pixel_loss', 'projector', 'contrast_loss',
+           'outcome']
 
 # %% ../nbs/11b_targets.ipynb #e3675f5c
 from math import isqrt
 import torch, torch.distributed as dist, torch.nn.functional as F
 from torch import nn
+from .config import Config
 from .encoder import to_patches
 from .masking import patch_events
+from .store import EventStore
 
 # %% ../nbs/11b_targets.ipynb #2335a8b3
 def filled_patches(
@@ -71,6 +74,37 @@ def commonest_share(
     if counts is not None: tokens = tokens[counts]
     found = summed(tokens.bincount(minlength=num_tokens))
     return found.max()/found.sum().clamp(min=1)
+
+# %% ../nbs/11b_targets.ipynb #0eb8e620
+class TokenCache:
+    "Tokens of recordings whose frames do not change, made at their first pass."
+    def __init__(
+        self,
+        n:int,           # recordings in the store
+        grid:tuple,      # `(h, w)` tokens a frame
+        num_tokens:int,  # size of the codebook
+    ): self.kept = torch.full((n, grid[0]*grid[1]), -1, dtype=torch.int16 if num_tokens<=2**15 else torch.int32)
+
+    def __call__(self, vae, frames, which):
+        "`(B, N)` int64 for frames of the recordings `which (B,)`."
+        which = which.cpu()
+        if (self.kept[which,0]<0).any(): self.kept[which] = frozen_tokens(vae, frames).cpu().to(self.kept.dtype)
+        return self.kept[which].long().to(frames.device)
+
+def check_fixed(
+    cfg:Config,        # pt_token_cache = 1
+    store:EventStore,  # to be trained on
+):
+    "Raise ValueError naming every setting that would change a recording's frame from epoch to epoch."
+    d,p = cfg.data,cfg.pretrain
+    names = [k for k in ('flip','time_flip','max_random_shift_evs','event_drop','rotate','scale','translate','shear') if getattr(d, k)]
+    if d.rand_aug and d.representation=='histogram': names.append('rand_aug')
+    if d.frame_fit=='scale_crop': names.append('frame_fit = scale_crop')
+    if p.color_jitter and not p.two_views: names.append('pt_color_jitter (without pt_two_views)')
+    if p.contrast: names.append('pt_contrast')
+    if d.slice_max_evs and len(store) and (longest := int((store.stops-store.starts).max()))>d.slice_max_evs:
+        names.append(f'slice_max_evs = {d.slice_max_evs} (the longest recording has {longest} events, of which a part is drawn)')
+    if names: raise ValueError(f"pt_token_cache = 1 needs frames that stay the same, but these change them: {', '.join(names)}. Turn them off, or the cache")
 
 # %% ../nbs/11b_targets.ipynb #99f1f652
 def patch_scale(

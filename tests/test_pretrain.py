@@ -220,5 +220,5 @@ def test_two_views_take_the_target_from_the_frame_before_its_jitter(monkeypatch)
     from mem_nb.config import DataConfig
     monkeypatch.setattr(m, 'make_frames', lambda *a: (torch.zeros(2,3,16,16), torch.ones(2,3,16,16)) if a[-1] else torch.ones(2,3,16,16))
     seen = lambda two: (task := m.PixelTask(None, None, DataConfig(input_H=16, input_W=16), (2,2), 'random', 2, two_views=two),
-                        setattr(task, 'judge', lambda out, target, mask: (out, target.mean().item())), task.loss(lambda f,mask: f.mean().item(), SimpleNamespace(own=(slice(0,2),2)), 0, torch.Generator()))[-1]
+                        setattr(task, 'judge', lambda out, target, mask, batch: (out, target.mean().item())), task.loss(lambda f,mask: f.mean().item(), SimpleNamespace(own=(slice(0,2),2)), 0, torch.Generator()))[-1]
     assert seen(True)==(1,0) and seen(False)==(1,1)

@@ -115,3 +115,35 @@ def test_betas_reach_the_optimisers_and_belong_to_the_result():
         check_settings(old, step_settings(cfg, section), 'here')
     for bad,word in (('pt_beta2=1','pt_beta2'), ('class_beta2=-0.1','class_beta2'), ('pt_informative=-1','pt_informative'), ('pt_norm_pix=1','set mae = 1')):
         with pytest.raises(ValueError, match=word): parse_config(TINY, [bad])
+
+# ---- tokens kept from epoch to epoch
+FIXED = ['rotate=0', 'scale=0', 'translate=0', 'flip=0', 'time_flip=0', 'max_random_shift_evs=0', 'rand_aug=0', 'slice_max_evs=100000']
+
+def test_kept_tokens_train_to_the_same_weights(digits, tmp_path, monkeypatch):
+    from mem_nb.config import parse_config
+    from mem_nb.pretrain import pretrain
+    from mem_nb.state import save_weights
+    from mem_nb.tokenizer import EventVAE, build_tokenizer
+    monkeypatch.chdir(tmp_path)
+    words = [*FIXED, f'data_path={digits}', 'precision=fp32', 'device=cpu', 'vae_skip=1', 'vae_checkpoint=vae.safetensors']
+    cfgs = [parse_config(TINY, [*words, f'expname=cache{c}', f'pt_token_cache={c}']) for c in (0,1)]
+    torch.manual_seed(0); save_weights(build_tokenizer(cfgs[0]), 'vae.safetensors')
+    named = []
+    tokens = EventVAE.tokens
+    monkeypatch.setattr(EventVAE, 'tokens', lambda self, frames: (named.append(len(frames)), tokens(self, frames))[1])
+    counts = []
+    for cfg in cfgs: named.clear(); pretrain(cfg); counts.append(sum(named))
+    a,b = ((c.folder/'pretrain/final.safetensors').read_bytes() for c in cfgs)
+    assert a==b and counts[1]<counts[0]
+
+@pytest.mark.parametrize('word, named', [('rotate=3','rotate'), ('slice_max_evs=50','slice_max_evs = 50 \\(the longest recording has'),
+                                         ('pt_color_jitter=0.3','pt_color_jitter'), ('pt_contrast=1','pt_contrast')])
+def test_frames_that_change_are_named(digits, tmp_path, monkeypatch, word, named):
+    from mem_nb.datasets import prepared
+    from mem_nb.store import EventStore
+    from mem_nb.targets import check_fixed
+    monkeypatch.chdir(tmp_path)
+    cfg = parse_config(TINY, [*FIXED, f'data_path={digits}', 'pt_token_cache=1'])
+    store = EventStore(prepared(cfg))
+    check_fixed(cfg, store)
+    with pytest.raises(ValueError, match=f'these change them: {named}'): check_fixed(parse_config(TINY, [*FIXED, word]), store)
