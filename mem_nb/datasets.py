@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'DATASETS', 'Dataset', 'gesture_label', 'gesture_chunks', 'find_dataset', 'list_recordings', 'read_split',
-           'store_path', 'data_root', 'prepared', 'part_of', 'prepare', 'prepare_samples']
+           'store_path', 'data_root', 'prepared', 'part_of', 'prepare', 'Loaded', 'prepare_samples']
 
 # %% ../nbs/04d_datasets.ipynb #8ea8ae5b
-import hashlib, os, re, time
+import hashlib, os, re, tempfile, time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from .config import Config
-from .events import check_events, make_events
+from .events import EVENT_DTYPE, check_events, make_events
 from .formats import EventFileError, event_chunks
 from .pack import Recording, Sample, Window
 from .simulate import simulate_digits
@@ -108,7 +108,7 @@ def list_recordings(
 ) -> list:                  # Recordings, ordered by split, class, file
     "Files with class and split; raises FileNotFoundError or ValueError where folder, class or split list do not fit."
     root = Path(root)
-    if not root.is_dir(): raise FileNotFoundError(f"no data folder {str(root)!r}; set data_path to the folder of the recordings")
+    if not root.is_dir(): raise FileNotFoundError(f"no data folder {str(root)!r}{', but a file' if root.is_file() else ''}; set data_path to the folder of the recordings")
     classes = _class_files if dataset.labelled else _unlabelled
     train,val = root/dataset.train,root/dataset.val
     whole = train if train.is_dir() else root
@@ -258,16 +258,40 @@ def prepare(
     return folder
 
 # %% ../nbs/04d_datasets.ipynb #3469096c
+class Loaded:
+    "The samples of a data set, each loaded once and kept in a file: `loaded[i]` is (events, target)."
+    def __init__(self,
+        data,       # `data[i]` is (events, target)
+        path:Path,  # file that takes the events, 13 bytes each
+        split:str,  # for the message
+    ):
+        "ValueError for events that are none."
+        self.path,self.stops,self.targets = path,[0],[]
+        with open(path, 'wb') as f:
+            for i in range(len(data)):
+                events,target = data[i]
+                try: events = make_events(*(events[k] for k in 'xytp'))
+                except ValueError as e: raise ValueError(f"{split} sample {i}: {e}") from None
+                f.write(events.tobytes())
+                self.stops.append(self.stops[-1]+len(events)); self.targets.append(target)
+
+    def __len__(self): return len(self.targets)
+    def __getitem__(self, i): return np.fromfile(self.path, EVENT_DTYPE, self.stops[i+1]-self.stops[i], offset=self.stops[i]*EVENT_DTYPE.itemsize), self.targets[i]
+
 def prepare_samples(
     folder,        # the store
     train,         # `train[i]` is (events, target): a data set of tonic, or a list
     val,           # the same, for validation
     size:tuple,    # sensor `(H, W)` in pixels
     classes=None,  # names of the targets; None: their numbers
-    workers=1,     # processes; more than one where the data sets can be read from several at once
+    workers=1,     # processes that pack; one loads
 ) -> dict:         # the manifest
-    "Pack the samples of somebody else's data set, such as tonic's; ValueError for events that are none."
+    "Pack the samples of somebody else's data set, such as tonic's; each is loaded once. ValueError for events that are none."
     name = lambda target: f'{int(target):05d}' if classes is None else str(classes[int(target)])
-    sources = [Sample(data, i, name(data[i][1]), split) for split,data in (('train',train),('val',val)) for i in range(len(data))]
-    manifest,seen = old_manifest(folder),fingerprint(sources, size)
-    return manifest if manifest.get('seen')==seen else write_store(sources, folder, size, workers=workers, seen=seen)
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f'{folder.name}.loading-', dir=folder.parent) as place:
+        loaded = [(split, Loaded(data, Path(place)/split, split)) for split,data in (('train',train),('val',val))]
+        sources = [Sample(data, i, name(target), split) for split,data in loaded for i,target in enumerate(data.targets)]
+        manifest,seen = old_manifest(folder),fingerprint(sources, size)
+        return manifest if manifest.get('seen')==seen else write_store(sources, folder, size, workers=workers, seen=seen)

@@ -9,7 +9,7 @@ __all__ = ['ATIS', 'DAT', 'FORMATS', 'EXTENSIONS', 'SIGNATURES', 'FOREIGN', 'RAN
            'read_npy', 'read_npz', 'read_text', 'write_events']
 
 # %% ../nbs/02_formats.ipynb #a64f43ce
-import errno, os
+import bisect, errno, os
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -181,22 +181,33 @@ def _check_order(path, t, last, at, clock_bits, doubt):
     raise EventFileError(f"{path}: times run backwards at event {at+i}, {t[i]} µs after {before} µs; {why}")
 
 # %% ../nbs/02_formats.ipynb #a9aea32d
-def _checked(path, name, n, start_us, end_us, size):
-    "Check columns and cut the window out; yield columns x, y, t, p of at most n events, p bool."
-    f,last,at = FORMATS[name],None,0
+def _fault(path, f, columns, n, last, at, size):
+    "What is wrong with the first `n` events of a piece, as an EventFileError, or None."
     limits = dict(RANGES, **({'y':(0,size[0]-1), 'x':(0,size[1]-1)} if size else {}))
-    for x,y,t,p in f.columns(path, n, start_us):
-        for a,k in zip((x,y,t,p), 'xytp'):
+    try:
+        for a,k in zip(columns := [c[:n] for c in columns], 'xytp'):
             doubt = f'is the size of the sensor right, (H, W) = {tuple(size)}?' if size and k in 'xy' else f.doubt
             _check_column(path, k, a, *limits[k], at, doubt)
-        _check_order(path, t, last, at, f.clock_bits, f.doubt)
-        last,at = int(t[-1]),at+len(t)
+        _check_order(path, columns[2], last, at, f.clock_bits, f.doubt)
+    except EventFileError as e: return e
+
+def _checked(path, name, n, start_us, end_us, size):
+    "Check columns and cut the window out; yield columns x, y, t, p of at most n events, p bool, up to a fault."
+    f,last,at = FORMATS[name],None,0
+    for columns in f.columns(path, n, start_us):
+        fault = lambda n: _fault(path, f, columns, n, last, at, size)
+        sound,wrong = len(columns[0]),fault(None)
+        if wrong: sound = bisect.bisect_left(range(1, sound+1), True, key=lambda n: fault(n) is not None); wrong = fault(sound+1)
+        if not sound: raise wrong
+        x,y,t,p = (c[:sound] for c in columns)
+        last,at = int(t[-1]),at+sound
         a = 0 if start_us is None else int(np.searchsorted(t, start_us))
         b = len(t) if end_us is None else int(np.searchsorted(t, end_us))
         x,y,t = (c.astype(np.int64) if c.dtype.kind=='f' else c for c in (x,y,t))      # whole numbers, as was checked
         p = p if p.dtype==bool else p>0
         for i in range(a, b, n): yield tuple(c[i:min(i+n, b)] for c in (x,y,t,p))
         if end_us is not None and last>=end_us: return
+        if wrong: raise wrong
     if not at: raise EventFileError(f"{path}: no events; leave this recording out")
 
 def _fill(events, columns):

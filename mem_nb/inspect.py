@@ -115,14 +115,15 @@ def inspect_recording(
     path,           # a recording of any format
 ) -> Inspection:
     "Read a recording from end to end; a fault is one of its facts. EventFileError if it is no recording."
-    kind,size,fault = file_format(path),recording_size(path),None
-    t = Tally(size)
+    kind,t,size,fault = file_format(path),Tally(),None,None
     try:
+        t = Tally(size := recording_size(path))
         for events in event_chunks(path): t.add(events)
     except ValueError as e: fault = str(e)
     facts = {'format': f'{kind}, {os.path.getsize(path):,} bytes', 'sensor': f'(H, W) = {size}, says the header' if size else f'not said; (H, W) = {t.counts.shape[1:]} holds all events' if t.n else 'not said'}
     if t.n: facts |= tally_facts(t)
-    if fault: facts['FAULT'] = (f'after {t.n:,} sound events: ' if t.n else '') + fault
+    if fault: facts['FAULT'] = (f'after {t.n:,} sound events, which are counted here: ' if t.n else '') + fault
+    if fault and t.n: facts['time order'] = facts['time order'].replace('ascending', 'ascending up to the fault')
     return Inspection(str(path), facts, t)
 
 # %% ../nbs/04e_inspect.ipynb #c855eed9

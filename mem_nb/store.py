@@ -61,12 +61,31 @@ def _check_classes(sources):
     train,val = ({s.label for s in sources if s.split==split} for split in ('train','val'))
     if val-train: raise ValueError(f"class {sorted(val-train)[0]!r} is in val but not in train; is its folder spelled alike in both?")
 
+def _extent(source):
+    "The sensor `(H, W)` that the first events of a source need; (0, 0) where it will be refused."
+    try: return next((tuple(int(c.max())+1 for c in (y,x)) for x,y,_,_ in source.open()[1]), (0,0))
+    except ValueError: return 0,0
+
+def _check_sensors(sources, *known):
+    "ValueError for two cameras, as far as headers and the first events tell, before anything is packed; what is `known` is asked of each file."
+    if any(known): return
+    told = {}
+    for s in sources:
+        try: told.setdefault(s.sensor(), []).append(s)
+        except ValueError: pass                                   # it will be refused
+    silent = told.pop(None, [])
+    if len(told)>1: ((a,(x,*_)),(b,(y,*_)),*_) = told.items(); _two_sensors(x.where, a, f'{y.where} says {b}')
+    for size,(x,*_) in told.items():
+        for s,seen in ((s, _extent(s)) for s in silent):
+            if seen[0]>size[0] or seen[1]>size[1]: _two_sensors(x.where, size, f'{s.where} has events up to (H, W) = {seen}')
+
+def _two_sensors(x, size, but):
+    raise ValueError(f"two sensors in one store: {x} says (H, W) = {size}, {but}; prepare each camera's recordings on their own")
+
 def _one_sensor(parts, given):
     "The sensor of all sources `(H, W)`, or the largest coordinates; ValueError where two disagree."
     sensors = {k:v for part in parts for k,v in part['sensors'].items() if k}
-    if len(sensors)>1:
-        (a,x),(b,y),*_ = sensors.items()
-        raise ValueError(f"two sensors in one store: {x} says (H, W) = {a}, {y} says {b}; prepare each camera's recordings on their own")
+    if len(sensors)>1: ((a,x),(b,y),*_) = sensors.items(); _two_sensors(x, a, f'{y} says {b}')
     extents,names = np.concatenate([part['extents'] for part in parts]),[n for part in parts for n in part['names']]
     size = next(iter(sensors), given or tuple(extents.max(0).tolist()))
     if (extents>size).any():
@@ -126,6 +145,7 @@ def write_store(
     folder,seen = Path(os.path.abspath(folder)),seen or fingerprint(sources, size, given, window)
     aside,old,parts = (folder.with_name(folder.name+end) for end in ('.preparing','.old','.parts'))
     _check_classes(sources)
+    _check_sensors(sources, size, given)
     with locked(folder, 'preparing'):
         for f in (folder,aside,old): check_ours(f)
         _begin(aside, seen)
@@ -197,12 +217,12 @@ def write_part(
     folder = Path(os.path.abspath(folder))
     place = folder.with_name(folder.name+'.parts')/f'{part:05d}-of-{parts:05d}'
     _check_classes(sources)
+    mine = {split:(of := [s for s in sources if s.split==split])[_share(of, part, parts)] for split in ('train','val')}
+    _check_sensors(mine['train']+mine['val'], *how[:2])
     with locked(place, 'packing'), _full_disk_told(place):
         check_ours(place)
         _begin(place, seen)
-        for split in ('train','val'):
-            of_split = [s for s in sources if s.split==split]
-            write_split(of_split[_share(of_split, part, parts)], place, split, workers or cores(), *how)
+        for split in mine: write_split(mine[split], place, split, workers or cores(), *how)
         write_whole(place/'whole', f'{VERSION} {seen}')
     return place
 

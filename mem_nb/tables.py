@@ -6,7 +6,7 @@
 __all__ = ['ORDER', 'TABLE_FORMATS', 'array_header', 'table_columns', 'npy_columns', 'npz_columns', 'write_npy', 'text_columns']
 
 # %% ../nbs/01d_tables.ipynb #ffd2dce8
-import os, zipfile
+import bisect, os, zipfile
 from itertools import islice
 
 import numpy as np
@@ -19,13 +19,15 @@ def array_header(
     path,          # the file, for the message
     f,             # an open `.npy`, at its first byte
     nbytes:int,    # how long it is
+    cut=False,     # may it end too early, where whole rows lie together?
 ) -> tuple:        # shape, whether columns lie together, dtype, byte where the numbers begin
     "Read the head of a `.npy` file. EventFileError for objects, and for a size that is not the file's."
     major,_ = np.lib.format.read_magic(f)
     read = {1:np.lib.format.read_array_header_1_0, 2:np.lib.format.read_array_header_2_0}[major]
     shape,fortran,dtype = read(f)
     if dtype.hasobject: raise EventFileError(f"{path}: holds Python objects, which would have to be unpickled; save plain arrays without objects")
-    if any(s<0 for s in shape) or f.tell()+int(np.prod(shape, dtype=object))*dtype.itemsize!=nbytes or dtype.itemsize>2**12:
+    ends = f.tell()+int(np.prod(shape, dtype=object))*dtype.itemsize
+    if any(s<0 for s in shape) or ends<nbytes or (ends>nbytes and (fortran or not cut)) or dtype.itemsize>2**12:
         raise EventFileError(f"{path}: its header promises {dtype} of shape {shape}, which is not what its {nbytes} bytes hold; fetch it again")
     return shape, fortran, dtype, f.tell()
 
@@ -35,9 +37,9 @@ def _array_pieces(opened, dtype, at, count, n, first=0):
         f.seek(at + first*dtype.itemsize)
         for i in range(first, count, n):
             k = min(n, count-i)
-            raw = f.read(k*dtype.itemsize)
-            if len(raw)<k*dtype.itemsize: raise EOFError(f"ends at number {i+len(raw)//dtype.itemsize} of {count}")
-            yield np.frombuffer(raw, dtype)
+            whole = len(raw := f.read(k*dtype.itemsize))//dtype.itemsize
+            if whole: yield np.frombuffer(raw, dtype, whole)
+            if whole<k: raise EOFError(f"its header promises {count} events, and it is cut off in event {i+whole} at byte {at+(i+whole)*dtype.itemsize}")
         f.read(1)                                          # at its end, a member of a zip file is checked
 
 def table_columns(
@@ -49,14 +51,15 @@ def table_columns(
     seeks=True,     # whether that costs nothing
 ):
     "Yield columns of a structured array x, y, t, p, or of rows of four numbers."
-    with opened() as f: shape,fortran,dtype,at = array_header(path, f, nbytes)
+    with opened() as f: shape,fortran,dtype,at = array_header(path, f, nbytes, seeks)
     fields,rows = set('xytp')<=set(dtype.names or ()), dtype.names is None and len(shape)==2 and shape[1]==4
     if not (fields and len(shape)==1 or rows):
         raise EventFileError(f"{path}: expected fields x, y, t, p, or rows of four numbers x, y, t, p; found {dtype} of shape {shape}")
     count,first = shape[0],0
-    if start_us is not None and seeks and count:
-        m = np.load(path, mmap_mode='r', allow_pickle=False)
-        first = first_from(count, (m['t'] if fields else m[:,2]).__getitem__, start_us)
+    there = min(count, (nbytes-at)//(dtype.itemsize*(1 if fields else 4)))
+    if start_us is not None and seeks and there:
+        m = np.memmap(path, dtype, 'r', at, (there,*shape[1:]), 'F' if fortran else 'C')
+        first = first_from(there, (m['t'] if fields else m[:,2]).__getitem__, start_us)
     if rows and fortran: yield from zip(*(_array_pieces(opened, dtype, at+k*count*dtype.itemsize, count, n, first) for k in range(4)))
     elif rows: yield from (a.reshape(-1,4).T for a in _array_pieces(opened, np.dtype((np.void, 4*dtype.itemsize)), at, count, n, first) for a in [a.view(dtype)])
     else: yield from (tuple(a[k] for k in 'xytp') for a in _array_pieces(opened, dtype, at, count, n, first))
@@ -105,7 +108,20 @@ def write_npy(
     with replacing(path) as part, open(part, 'wb') as f: np.save(f, events, allow_pickle=False)
 
 # %% ../nbs/01d_tables.ipynb #6306a0c4
-def _data_line(line): return line.strip() and not line.lstrip().startswith('#')
+def _rows(lines, comma):
+    "Lines as rows of four numbers; ValueError where one is not."
+    kept = [l for l in lines if l.strip() and not l.lstrip().startswith('#')]
+    a = np.loadtxt(kept, delimiter=comma, ndmin=2) if kept else np.empty((0,4))
+    if a.shape[1]!=4: raise ValueError(f"{a.shape[1]} columns")
+    return a
+
+def _sound_lines(lines, comma):
+    "How many lines come before the first that is not four numbers."
+    def bad(n):
+        try: _rows(lines[:n], comma)
+        except ValueError: return True
+        return False
+    return bisect.bisect_left(range(1, len(lines)+1), True, key=bad)
 
 def text_columns(
     path,           # lines `t x y p`, by space or comma; `#` begins a comment
@@ -114,18 +130,16 @@ def text_columns(
 ):
     "Yield columns of text; t is in seconds if the first one has a decimal point, else in µs. EventFileError names the lines."
     with open(path, encoding='utf-8', errors='replace') as f:
-        first = next((l for l in iter(lambda: f.readline(2**16), '') if _data_line(l)), '')
+        first = next((l for l in iter(lambda: f.readline(2**16), '') if l.strip() and not l.lstrip().startswith('#')), '')
         f.seek(0)
         comma,seconds,number = ',' if ',' in first else None, '.' in first.replace(',', ' ').partition(' ')[0], 1
         while lines := list(islice(iter(lambda: f.readline(2**12), ''), n)):
-            try: a = np.loadtxt(kept, delimiter=comma, ndmin=2) if (kept := [l for l in lines if _data_line(l)]) else np.empty((0,4))
-            except ValueError as e: a,why = np.empty((1,0)),f': {e}'
-            else: why = ''
-            if a.shape[1]!=4:
-                raise EventFileError(f"{path}: not lines of four numbers t x y p, in lines {number} to {number+len(lines)-1}{why}")
+            try: a,sound = _rows(lines, comma),len(lines)
+            except ValueError: sound = _sound_lines(lines, comma); a = _rows(lines[:sound], comma)
             t,x,y,p = a.T
             if len(t): yield x, y, np.rint(t*1e6) if seconds else t, p
-            number += len(lines)
+            number += sound
+            if sound<len(lines): raise EventFileError(f"{path}: not lines of four numbers t x y p: line {number} is {lines[sound].strip()[:60]!r}; was the file cut off, or is there a line of another kind?")
 
 # %% ../nbs/01d_tables.ipynb #254042fa
 ORDER = 'are the columns in the order x, y, t, p?'

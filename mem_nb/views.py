@@ -165,7 +165,7 @@ def by_loop(
     draws:Draws,   # None: nothing was drawn
 ) -> bool:
     "May `loop_frames` make these frames? It can what most frames want, on a CPU."
-    plain = d.representation=='histogram' and not (d.timesurface or d.logtrafo or d.gammatrafo or d.original_frames)
+    plain = d.representation=='histogram' and not (d.logtrafo or d.gammatrafo or d.original_frames)
     return plain and isinstance(batch, PackedBatch) and not batch.words.is_cuda and (d.geometry=='events' or draws is None or draws.corner is None)
 
 def _change(out, d, draws):
@@ -206,7 +206,7 @@ def make_views(
     out = torch.empty(b, d.in_chans, *d.input_size, device=device)
     lit = torch.empty_like(out) if two else out
     if quick := by_loop(batch, d, draws):
-        scale = {k:style[k] for k in ('size','fit','hot_pixel_stds','normalize','gain')}
+        scale = {k:style[k] for k in ('size','fit','hot_pixel_stds','normalize','gain','timesurface')}
         loop_frames(batch, go=go, grid=_grid(d), back=draws and draws.back, out=out, **scale)
     for i,j in pieces(batch, max(d.input_H*d.input_W, batch.size[0]*batch.size[1])):
         drawn = draws and draws.part(i, j)

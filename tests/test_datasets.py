@@ -157,6 +157,32 @@ def test_tonic_plugs_in(tmp_path):
     again = tonic.transforms.TimeAlignment()(raw)
     assert again.dtype==raw.dtype and again['t'][0]==0
 
+def test_a_sample_is_loaded_once_and_what_chance_gave_it_is_stored(tmp_path):
+    class Chancy:
+        def __init__(self, n): self.loads = [0]*n
+        def __len__(self): return len(self.loads)
+        def __getitem__(self, i): self.loads[i] += 1; return events(seed=100*self.loads[i]+i), i%2
+    train,val = Chancy(6),Chancy(2)
+    m = prepare_samples(tmp_path/'new'/'store', train, val, (34,34))
+    assert train.loads==[1]*6 and val.loads==[1]*2 and m['recordings']==8
+    assert np.array_equal(EventStore(tmp_path/'new'/'store').events(0)['x'], events(seed=100)['x'])
+    assert [p.name for p in (tmp_path/'new').iterdir()]==['store']                     # nothing else is left
+    same = [(events(seed=i), 0) for i in range(3)]
+    prepare_samples(tmp_path/'same', same, same[:1], (34,34))
+    before = (tmp_path/'same'/'manifest.json').stat().st_mtime_ns
+    prepare_samples(tmp_path/'same', same, same[:1], (34,34))
+    assert (tmp_path/'same'/'manifest.json').stat().st_mtime_ns==before
+
+def test_a_sample_that_is_none_is_named_and_an_empty_one_refused(tmp_path):
+    bad = np.zeros(2, [('x','<i8'),('y','<i8'),('t','<i8'),('p','<i8')]); bad['x'] = 70_000
+    with pytest.raises(ValueError, match='train sample 1: x = 70000'): prepare_samples(tmp_path/'a', [(events(), 0), (bad, 0)], [], (34,34))
+    m = prepare_samples(tmp_path/'a', [(events(), 0), (bad[:0], 0)], [], (34,34))
+    assert m['recordings']==1 and 'train sample 1: no events' in m['refused'][0]['reason']
+
+def test_one_file_for_a_folder_is_told(tmp_path):
+    fill(tmp_path, ['a.bin'])
+    with pytest.raises(FileNotFoundError, match='no data folder .*a.bin., but a file; set data_path to the folder'): prepare(conf(tmp_path/'a.bin', tmp_path, 'recordings'))
+
 # ---- where files lie
 def test_linked_folders_are_followed_once(tmp_path):
     fill(tmp_path/'elsewhere', ['a.npy','deep/b.npy'])

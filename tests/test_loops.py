@@ -6,7 +6,7 @@ from mem_nb.batches import PackedBatch
 from mem_nb.config import DataConfig
 from mem_nb.data import make_frames
 from mem_nb.events import make_events, pack_events
-from mem_nb.frames import to_frames
+from mem_nb.frames import pixel_map, to_frames
 from mem_nb.loops import loop_frames, pixel_sums
 from mem_nb.recolour import loop_ops, recolour, room_for
 from mem_nb.views import by_loop
@@ -21,7 +21,7 @@ def packed(lengths=(900,0,1,3000,50), seed=0, size=SIZE):
 
 def close(a, b): return (a-b).abs().max()<1e-6
 
-@pytest.mark.parametrize('how', [{}, dict(fit='crop'), dict(normalize=False), dict(hot_pixel_stds=None), dict(hot_pixel_stds=2.), dict(gain=3.), dict(gain=.5)])
+@pytest.mark.parametrize('how', [{}, dict(fit='crop'), dict(normalize=False), dict(hot_pixel_stds=None), dict(hot_pixel_stds=2.), dict(gain=3.), dict(gain=.5), dict(timesurface=True), dict(timesurface=True, fit='crop')])
 @pytest.mark.parametrize('size', [SIZE, (32,32), (64,48), (17,90)])
 def test_frames_as_by_operations(how, size):
     batch = packed()
@@ -34,7 +34,8 @@ def test_the_worst_of_hot_pixels():
     assert frames[0,0,5,5]==0 and frames[0,0,1,1]==1 and close(frames, to_frames(batch.unpack(), SIZE))
 
 @pytest.mark.parametrize('d', [DataConfig(), DataConfig(rotate=20, scale=.2, translate=.1), DataConfig(geometry='frames', rotate=20), DataConfig(frame_fit='scale_crop'),
-                               DataConfig(frame_fit='crop', flip=1., time_flip=1.), DataConfig(rand_aug=False, max_random_shift_evs=30)])
+                               DataConfig(frame_fit='crop', flip=1., time_flip=1.), DataConfig(rand_aug=False, max_random_shift_evs=30),
+                               *(DataConfig(timesurface=True, time_flip=p, geometry=g, rotate=20, max_random_shift_evs=9) for p in (0.,1.) for g in ('events','frames'))])
 def test_augmented_frames_as_by_operations(d):
     d = replace(d, input_H=48, input_W=56)
     batch,seeded = packed(),lambda: torch.Generator().manual_seed(3)
@@ -42,8 +43,18 @@ def test_augmented_frames_as_by_operations(d):
     loop,ops = (make_frames(b, d, seeded(), .2, .2) for b in (batch, batch.unpack()))
     assert ((loop-ops).abs()>1e-5).float().mean()<1e-4
 
-@pytest.mark.parametrize('d', [DataConfig(timesurface=True), DataConfig(representation='voxel', rand_aug=False), DataConfig(logtrafo=True), DataConfig(gammatrafo=True), DataConfig(original=('bytes',))])
+@pytest.mark.parametrize('d', [DataConfig(representation='voxel', rand_aug=False), DataConfig(logtrafo=True), DataConfig(gammatrafo=True), DataConfig(original=('bytes',))])
 def test_what_the_loop_cannot_takes_the_other_way(d): assert not by_loop(packed(), d, None) and len(make_frames(packed(), d))==5
+
+def test_time_counts_from_the_first_event_that_stays():
+    "Events moved off the sensor take their times with them; the last event at a pixel wins, and backwards the first."
+    e = make_events([0,10,10,10,39,10], [5]*6, [0,100,200,400,900,500], [1]*6)[[0,1,2,3,5,4]]
+    batch = PackedBatch(torch.from_numpy(pack_events(e).view(np.int64)), torch.tensor([0,6]), torch.zeros(1, dtype=torch.int64), (20,40))
+    go = pixel_map(torch.tensor([[[1.,0,-5],[0,1.,0]]]), (20,40))                     # the event at x = 39 leaves
+    on = lambda **how: loop_frames(batch, (20,40), hot_pixel_stds=None, timesurface=True, go=go, **how)[0,1]
+    assert on()[5,15]==1 and on()[5,5]==0 and (on()>0).sum()==1
+    back = on(back=torch.tensor([True]))
+    assert back[5,5]==1 and close(back[5,15], torch.tensor(.8)) and (back>0).sum()==2
 
 @pytest.mark.parametrize('name', COLOR)
 @pytest.mark.parametrize('m', [-1., -.3, 0., .5, 1.])

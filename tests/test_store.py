@@ -3,7 +3,7 @@ import json, os, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest
 from mem_nb.events import make_events
-from mem_nb.formats import read_events
+from mem_nb.formats import read_events, write_events
 from mem_nb.pack import Recording, Sample
 from mem_nb import store
 from mem_nb.store import EventStore, fingerprint, read_manifest, read_sources, write_part, write_store
@@ -58,6 +58,26 @@ def test_two_cameras_do_not_share_a_store(tmp_path):
     with pytest.raises(ValueError, match='two sensors in one store.*prepare each camera'):
         write_store([source('a', (34,34)), source('b', (180,240))], tmp_path/'store', workers=1)
     assert not (tmp_path/'store').exists() and not (tmp_path/'store.preparing').exists()
+
+def write(path, x, y, size=None):
+    write_events(path, make_events([1,x],[1,y],[0,9],[0,1]), size)
+    return Recording(path, 'c', 'train', path.name)
+
+@pytest.mark.parametrize('b,said', [(('b.dat',5,5,(180,240)), r'b.dat says .*180, 240\)'), (('b.bin',200,100), r'b.bin has events up to \(H, W\) = \(101, 201\)')])
+@pytest.mark.parametrize('part', [False,True])
+def test_two_cameras_are_noticed_before_anything_is_packed(tmp_path, monkeypatch, b, said, part):
+    sources = [write(tmp_path/'a.dat', 3, 3, (34,34)), write(tmp_path/b[0], *b[1:])]
+    monkeypatch.setattr(store, 'write_split', lambda *a: pytest.fail('it packs'))
+    with pytest.raises(ValueError, match=f'two sensors in one store: .*a.dat says .*34, 34.*{said}; prepare each camera'):
+        if part: write_part(sources, tmp_path/'store', 1, 1, 'x', None, None, None, workers=1)
+        else: write_store(sources, tmp_path/'store', workers=1)
+    assert not list(tmp_path.glob('store*'))
+
+def test_a_file_that_cannot_be_read_is_refused_and_no_second_camera(tmp_path):
+    (tmp_path/'b.dat').write_bytes(b'% Width 0\n% Height 0\n' + bytes([12,8]))
+    broken = Recording(tmp_path/'b.dat', 'c', 'train', 'b')
+    m = write_store([write(tmp_path/'a.dat', 3, 3, (34,34)), write(tmp_path/'c.bin', 30, 30), broken], tmp_path/'store', workers=1)
+    assert m['size']==[34,34] and m['recordings']==2 and 'b.dat' in m['refused'][0]['reason']
 
 def test_without_a_size_the_largest_coordinates_count(tmp_path):
     data = [(make_events([3,9],[1,2],[0,5],[1,0]), 0), (make_events([1],[7],[3],[1]), 0)]
