@@ -201,7 +201,17 @@ def samples(tmp, num=64, n=100_000):
            record('pretraining sample, two views, jitter and mask', b/best(lambda: pretraining(True), 9), 'samples/s', slow, 1000),
            record('block mask, 98 of 14×14, one core', 2048/best(lambda: block_mask((14,14), 98, g, 2048), 5), 'masks/s', mask, 150_000)]
     if torch.cuda.is_available(): out += on_gpu(load, d)
-    return out
+    return out + counting(n)
+
+def counting(n):
+    "An event array to counts a pixel and polarity: one np.bincount here, np.add.at in tonic."
+    if not find_spec('tonic'): print('ToFrame: left out, since tonic is not installed'); return []
+    from mem_nb.frames import event_histogram
+    from tonic.transforms import ToFrame
+    events,theirs = some_events(n),ToFrame(sensor_size=(240,180,2), event_count=n)
+    assert np.array_equal(theirs(events)[0][::-1], event_histogram(events, (180,240)))
+    ours = n/best(lambda: event_histogram(events, (180,240)), 20)/1e6
+    return [record(f"counts of {n:,} events, one core, against tonic's ToFrame", ours, 'M events/s', n/best(lambda: theirs(events))/1e6)]
 
 def on_gpu(load, d):
     "Packed events uploaded, frames made there."

@@ -31,15 +31,15 @@ def array_header(
         raise EventFileError(f"{path}: its header promises {dtype} of shape {shape}, which is not what its {nbytes} bytes hold; fetch it again")
     return shape, fortran, dtype, f.tell()
 
-def _array_pieces(opened, dtype, at, count, n, first=0):
-    "Yield `count` numbers of a stream from byte `at` on, n at a time."
+def _array_pieces(path, opened, dtype, at, count, n, first=0):
+    "Yield `count` numbers of a stream from byte `at` on, n at a time. EventFileError where it ends before."
     with opened() as f:
         f.seek(at + first*dtype.itemsize)
         for i in range(first, count, n):
             k = min(n, count-i)
             whole = len(raw := f.read(k*dtype.itemsize))//dtype.itemsize
             if whole: yield np.frombuffer(raw, dtype, whole)
-            if whole<k: raise EOFError(f"its header promises {count} events, and it is cut off in event {i+whole} at byte {at+(i+whole)*dtype.itemsize}")
+            if whole<k: raise EventFileError(f"{path}: its header promises {count} events, and it ends within event {i+whole}, at byte {at+(i+whole)*dtype.itemsize}; fetch it again")
         f.read(1)                                          # at its end, a member of a zip file is checked
 
 def table_columns(
@@ -60,9 +60,9 @@ def table_columns(
     if start_us is not None and seeks and there:
         m = np.memmap(path, dtype, 'r', at, (there,*shape[1:]), 'F' if fortran else 'C')
         first = first_from(there, (m['t'] if fields else m[:,2]).__getitem__, start_us)
-    if rows and fortran: yield from zip(*(_array_pieces(opened, dtype, at+k*count*dtype.itemsize, count, n, first) for k in range(4)))
-    elif rows: yield from (a.reshape(-1,4).T for a in _array_pieces(opened, np.dtype((np.void, 4*dtype.itemsize)), at, count, n, first) for a in [a.view(dtype)])
-    else: yield from (tuple(a[k] for k in 'xytp') for a in _array_pieces(opened, dtype, at, count, n, first))
+    if rows and fortran: yield from zip(*(_array_pieces(path, opened, dtype, at+k*count*dtype.itemsize, count, n, first) for k in range(4)))
+    elif rows: yield from (a.reshape(-1,4).T for a in _array_pieces(path, opened, np.dtype((np.void, 4*dtype.itemsize)), at, count, n, first) for a in [a.view(dtype)])
+    else: yield from (tuple(a[k] for k in 'xytp') for a in _array_pieces(path, opened, dtype, at, count, n, first))
 
 # %% ../nbs/01d_tables.ipynb #04705055
 def npy_columns(
@@ -95,7 +95,7 @@ def npz_columns(
             with z.open(members[k]) as f: heads.append(array_header(path, f, members[k].file_size))
         if len({h[0] for h in heads})>1 or len(heads[0][0])!=1:
             raise EventFileError(f"{path}: x, y, t, p should be equally long, are {', '.join(str(h[0]) for h in heads)}")
-        yield from zip(*(_array_pieces(opened(k), h[2], h[3], h[0][0], n) for k,h in zip('xytp', heads)))
+        yield from zip(*(_array_pieces(path, opened(k), h[2], h[3], h[0][0], n) for k,h in zip('xytp', heads)))
 
 # %% ../nbs/01d_tables.ipynb #0e78ddc9
 def write_npy(
@@ -139,7 +139,7 @@ def text_columns(
             t,x,y,p = a.T
             if len(t): yield x, y, np.rint(t*1e6) if seconds else t, p
             number += sound
-            if sound<len(lines): raise EventFileError(f"{path}: not lines of four numbers t x y p: line {number} is {lines[sound].strip()[:60]!r}; was the file cut off, or is there a line of another kind?")
+            if sound<len(lines): raise EventFileError(f"{path}: not lines of four numbers t x y p: line {number} is {lines[sound].strip()[:60]!r}; put # before a heading; a file that ends there was cut off, fetch it again")
 
 # %% ../nbs/01d_tables.ipynb #254042fa
 ORDER = 'are the columns in the order x, y, t, p?'
