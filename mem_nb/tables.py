@@ -108,38 +108,45 @@ def write_npy(
     with replacing(path) as part, open(part, 'wb') as f: np.save(f, events, allow_pickle=False)
 
 # %% ../nbs/01d_tables.ipynb #6306a0c4
-def _rows(lines, comma):
+def _holds_data(line): return line.strip() and not line.lstrip().startswith('#')
+
+def _rows(lines, comma, heading):
     "Lines as rows of four numbers; ValueError where one is not."
-    kept = [l for l in lines if l.strip() and not l.lstrip().startswith('#')]
+    kept = [l for l in lines if _holds_data(l) and l!=heading]
     a = np.loadtxt(kept, delimiter=comma, ndmin=2) if kept else np.empty((0,4))
     if a.shape[1]!=4: raise ValueError(f"{a.shape[1]} columns")
     return a
 
-def _sound_lines(lines, comma):
+def _sound_lines(lines, *how):
     "How many lines come before the first that is not four numbers."
     def bad(n):
-        try: _rows(lines[:n], comma)
+        try: _rows(lines[:n], *how)
         except ValueError: return True
         return False
     return bisect.bisect_left(range(1, len(lines)+1), True, key=bad)
 
 def text_columns(
-    path,           # lines `t x y p`, by space or comma; `#` begins a comment
+    path,           # lines `t x y p`, by space or comma, or in the order of a heading such as `timestamp,x,y,polarity`; `#` begins a comment
     n:int,          # events a piece, roughly
     start_us=None,  # not used: lines are read in order
 ):
     "Yield columns of text; t is in seconds if the first one has a decimal point, else in µs. EventFileError names the lines."
-    with open(path, encoding='utf-8', errors='replace') as f:
-        first = next((l for l in iter(lambda: f.readline(2**16), '') if l.strip() and not l.lstrip().startswith('#')), '')
+    with open(path, encoding='utf-8-sig', errors='replace') as f:
+        data = filter(_holds_data, iter(lambda: f.readline(2**12), ''))
+        comma = ',' if ',' in (first := next(data, '')) else None
+        letters = [word.strip(' "\n')[:1].lower() for word in first.split(comma)]
+        heading = first if sorted(letters)==['p','t','x','y'] else None
+        order = [letters.index(k) for k in 'txyp'] if heading else [0,1,2,3]
+        if heading: first = next(data, '')
+        seconds,number,how = '.' in (first.split(comma)+['']*4)[order[0]],1,(comma,heading)
         f.seek(0)
-        comma,seconds,number = ',' if ',' in first else None, '.' in first.replace(',', ' ').partition(' ')[0], 1
         while lines := list(islice(iter(lambda: f.readline(2**12), ''), n)):
-            try: a,sound = _rows(lines, comma),len(lines)
-            except ValueError: sound = _sound_lines(lines, comma); a = _rows(lines[:sound], comma)
-            t,x,y,p = a.T
+            try: a,sound = _rows(lines, *how),len(lines)
+            except ValueError: sound = _sound_lines(lines, *how); a = _rows(lines[:sound], *how)
+            t,x,y,p = a.T[order]
             if len(t): yield x, y, np.rint(t*1e6) if seconds else t, p
             number += sound
-            if sound<len(lines): raise EventFileError(f"{path}: not lines of four numbers t x y p: line {number} is {lines[sound].strip()[:60]!r}; put # before a heading; a file that ends there was cut off, fetch it again")
+            if sound<len(lines): raise EventFileError(f"{path}: not lines of four numbers t x y p: line {number} is {lines[sound].strip()[:60]!r}; a heading names t, x, y, p, or begins with #; a file that ends here was cut off, fetch it again")
 
 # %% ../nbs/01d_tables.ipynb #254042fa
 ORDER = 'are the columns in the order x, y, t, p?'

@@ -124,6 +124,14 @@ def test_text_seconds_and_microseconds(tmp_path, line, us):
     (tmp_path/'a.txt').write_text(f'# made by hand\n{line}\n')
     e = read_text(tmp_path/'a.txt'); assert e['t'][0]==us and (e['x'][0],e['y'][0])==(1,2)
 
+@pytest.mark.parametrize('heading,order,sep', [('timestamp,x,y,polarity','txyp',','), ('x, y, p, t','xypt',','), ('"x","y","t","p"','xytp',','), ('t x y p','txyp',' '), ('# made by hand\n\nts\tx\ty\tpol','txyp','\t')])
+@pytest.mark.parametrize('mark', ['', '\ufeff'])
+def test_a_heading_says_the_order_of_the_columns(tmp_path, heading, order, sep, mark):
+    e = random_events(70_000)
+    rows = sep.join(['%d']*4)
+    (tmp_path/'a.csv').write_text(mark + heading + '\n' + '\n'.join(rows % tuple(v) for v in zip(*(e[k].astype(int) for k in order))), encoding='utf-8')
+    assert (read_events(tmp_path/'a.csv')==e).all()
+
 def test_path_may_be_a_string(tmp_path):
     write_bin(str(tmp_path/'a.bin'), random_events(9)); assert len(read_events(str(tmp_path/'a.bin')))==9
 
