@@ -210,7 +210,7 @@ class Trainer:
             self._train()
             if self.takes_part and self.choose: self.metrics = self.choose(self.state, self.metrics)
             if self.takes_part: finish(self.state, self.folder, self.metrics, self.settings)
-            self.acc.wait_for_everyone()
+            self.metrics = first_says(self.metrics, self.acc.num_processes>1)   # who also waits until all is written
             for tracker in self.acc.trackers: tracker.finish()           # the processes stay joined for the next step
             if self._any(bool(self.asked)): raise Stopped(f"{self.desc}: finished, and asked to stop before what comes next. The same command continues")
         return self.metrics

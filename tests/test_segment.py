@@ -412,3 +412,20 @@ def test_two_processes_count_and_weigh_as_one(tmp_path):
     env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
     done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', 'two.py'], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.stdout.count('as one')==2, done.stderr[-2000:]
+
+COMMAND = "import sys; from mem_nb.pipeline import command\nfor words in sys.argv[1:]: command('segment', 'x.conf', words.split())"
+
+def test_two_processes_and_a_model_shared_out_take_the_steps_of_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path('x.conf').write_text(CONF); Path('run.py').write_text(COMMAND)
+    words = 'seg_methods=scratch seg_steps=4 seg_norm=group seg_dropout=0 log_every=1'
+    command('segment', 'x.conf', f'{words} expname=one'.split())
+    env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', TQDM_DISABLE='1')
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', 'run.py', f'{words} expname=two',
+                           f'{words} expname=cut shard=1'], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode==0, done.stderr[-3000:]
+    logs = {n:read_log(next(Path('runs', n, 'segment').glob('*/final.json')).parent) for n in ('one','two','cut')}
+    for name in ('two','cut'):
+        for a,b in zip(logs['one'], logs[name], strict=True):
+            assert b['loss']==pytest.approx(a['loss'], rel=1e-4), (name, a['step'])
+        assert logs[name][-1]['val_miou']==pytest.approx(logs['one'][-1]['val_miou'], abs=1e-3)
