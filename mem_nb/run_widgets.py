@@ -197,17 +197,18 @@ def step_segmentation(
     names = list(classes) if classes is not None else [str(k) for k in range(most)]
     if most>len(names): raise ValueError(f"label {most-1} has no name; {len(names)} classes are given")
     colors = label_colors(len(names))
-    def over(frame, labels, opacity):
-        rgb = frame_to_rgb(frame).copy(); known = labels!=ignore
-        rgb[known] = (1-opacity)*rgb[known] + opacity*colors[labels[known]]
-        return rgb
+    table = np.ones((max(256, ignore+1),3), np.float32); table[:len(colors)] = colors
+    def over(rgb, labels, opacity):
+        a = np.where(labels==ignore, 0, np.float32(opacity))[...,None]
+        return rgb + a*(table[labels]-rgb)
     def draw(index, show, opacity):
-        pictures = {'frame':frame_to_rgb(frames[index])}
-        if show!='truth': pictures['predicted'] = over(frames[index], p[index], opacity)
-        if t is not None and show!='prediction': pictures['true'] = over(frames[index], t[index], opacity)
+        rgb = frame_to_rgb(frames[index]).astype(np.float32)
+        pictures = {'frame':rgb}
+        if show!='truth': pictures['predicted'] = over(rgb, p[index], opacity)
+        if t is not None and show!='prediction': pictures['true'] = over(rgb, t[index], opacity)
         right = '' if t is None else f', {100*(p[index]==t[index])[t[index]!=ignore].mean():.0f} % of the pixels right' if (t[index]!=ignore).any() else ', nothing labelled'
         fig,axs = plt.subplots(1, len(pictures), figsize=(3.2*len(pictures)+1.2, 3.2*p.shape[1]/p.shape[2]+.8), layout='constrained')
-        for ax,(name,rgb) in zip(axs, pictures.items()): ax.imshow(rgb, interpolation='nearest'); ax.set(title=name, xticks=[], yticks=[])
+        for ax,(name,rgb) in zip(axs, pictures.items()): ax.imshow(np.uint8(255*rgb), interpolation='nearest'); ax.set(title=name, xticks=[], yticks=[])
         fig.legend([plt.Rectangle((0,0), 1, 1, color=c) for c in colors], names, loc='outside right center')
         fig.suptitle(f'frame {index+1} of {len(p)}{right}', fontsize=10)
         return fig
