@@ -125,8 +125,9 @@ def finetuned(
     "The finished finetunings of a run; FileNotFoundError where there is none."
     found = {}
     for p in sorted((cfg.folder/'finetune').glob('*/final.safetensors')):
-        method,labels,seed = p.parent.name.rsplit('_', 2)
-        found[p.parent.name] = method,labels,int(seed.removeprefix('seed'))
+        method,_,rest = p.parent.name.partition('_')          # such as pretrained_2_a_class_seed0
+        labels,_,seed = rest.rpartition('_seed')
+        found[p.parent.name] = method,labels,int(seed)
     if not found: raise FileNotFoundError(f"nothing is finetuned in {cfg.folder} yet; run `mem_nb finetune` with its configuration")
     return found
 
@@ -134,8 +135,13 @@ def _records(cfg):
     "The accuracies that the finished finetunings of a run, or its summary, tell."
     summary = cfg.folder/'summary.json'
     if summary.is_file() and (found := json.loads(summary.read_text()).get('results')): return found
-    told = {n:json.loads((cfg.folder/'finetune'/n/'final.json').read_text())['metrics'] for n in finetuned(cfg)}
-    return [dict(method=m, labels=l, seed=s, accuracy=told[n]['val_accuracy']) for n,(m,l,s) in finetuned(cfg).items() if 'val_accuracy' in told[n]]
+    records = []
+    for name,(m,l,s) in finetuned(cfg).items():
+        folder = cfg.folder/'finetune'/name
+        told,listed = json.loads((folder/'final.json').read_text())['metrics'],folder/'labels.txt'
+        if 'val_accuracy' not in told or not listed.is_file(): continue
+        records.append(dict(method=m, labels=l, n_labels=len(listed.read_text(encoding='utf-8').splitlines()), seed=s, accuracy=told['val_accuracy']))
+    return records
 
 @explorer
 def browse_evaluation(
