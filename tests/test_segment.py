@@ -114,6 +114,13 @@ def test_dsec_windows_end_at_their_labels(here, tmp_path, classes, where):
     assert (train.store.events(0)['x']==inside['x']).all()
     assert train.batch([0]).frames(parse_config(CONF).data).shape==(1,3,58,96)
 
+def test_dsec_layout_of_another_camera(here, tmp_path):
+    "sensor_H and sensor_W hold for the labels of data_path; labels elsewhere, in seg_path, are of DSEC's own sensor."
+    for split in ('train','test'): dsec(tmp_path/split/'a', shifted(10**12), (64,96))
+    more = [f'data_path={tmp_path}', 'data_set=recordings', 'seg_layout=dsec', 'seg_classes=11', 'seg_rows=58', f'runs_dir={tmp_path}/runs']
+    assert LabelledSet(labelled(cfg_of(*more))).size==(58,96)
+    with pytest.raises(ValueError, match=r'its frame is \(58, 640\)'): labelled(cfg_of(*more, f'seg_path={tmp_path}'))
+
 def test_a_real_recording_in_dsec_layout(shared, tmp_path):
     found = [p for p in (shared/'recordings'/'prophesee_raw').glob('*evt2*.raw')]
     events = read_events(found[0])
