@@ -73,7 +73,7 @@ def cell_text(o): return re.sub(r'\s+', ' ', str(o)).replace('|', '\\|')
 def shown_value(o) -> str:
     "A value as one would write it: a function or a class by its name, not by its place in memory; '' where there is no such way."
     text = getattr(o, '__name__', '') if callable(o) else ''
-    text = text or re.sub(r"<(?:function|class|built-in function) '?(?:\w+\.)*([^ >']+)'?(?: at 0x[0-9a-f]+)?>", r'\1', repr(o))
+    text = text or re.sub(r"<(?:function|class|built-in function) '?(?:[\w<>]+\.)*<?(\w+)>?'?(?: at 0x[0-9a-f]+)?>", r'\1', repr(o))
     return '' if ADDRESS.search(text) else text
 
 def shown_type(t):
