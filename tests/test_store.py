@@ -16,7 +16,7 @@ def folder(sources, tmp_path):
     write_store(sources, tmp_path/'store', (34,34), workers=1)
     return tmp_path/'store'
 
-def test_six_lines_of_numpy_read_the_store(folder):
+def test_five_lines_of_numpy_read_the_store(folder):
     packed,index = np.memmap(folder/'train.events', dtype='<u8', mode='r'),np.load(folder/'train.npz')
     one = packed[index['starts'][7]:index['stops'][7]]
     ev = EventStore(folder).events(7)
