@@ -214,6 +214,12 @@ def _door(cfg):
     return folder, _settings(cfg), raw
 
 # %% ../nbs/04d_datasets.ipynb #ec5133f0
+def _tell_left_out(root, sources, suffixes):
+    "Say which files below are no part of the data set, so that none stays away in silence."
+    taken = {s.path for s in sources}
+    left = [p.relative_to(root).as_posix() for p in _files(root, ('',)) if p not in taken and p.name!='simulated.json']
+    if left: print(f"not read of the files below {root}: {len(left):,}, such as {', '.join(left[:3])}; read are {', '.join(suffixes)}, where this data set keeps them")
+
 def prepared(
     cfg:Config,  # data_path, data_set, split, sensor, windows
 ) -> Path:       # folder of the store
@@ -226,6 +232,7 @@ def prepared(
         return folder
     sources = _sources(cfg)
     if manifest.get('seen')!=(seen := fingerprint(sources, d.data_set, *settings)):
+        if not d.split_file: _tell_left_out(data_root(cfg), sources, find_dataset(d.data_set).suffixes)
         write_store(sources, folder, *settings, cfg.run.prepare_workers, seen, data_set=d.data_set, asked=asked)
     return folder
 

@@ -6,7 +6,7 @@
 __all__ = ['ORDER', 'TABLE_FORMATS', 'array_header', 'table_columns', 'npy_columns', 'npz_columns', 'write_npy', 'text_columns']
 
 # %% ../nbs/01d_tables.ipynb #ffd2dce8
-import os, zipfile
+import bisect, os, zipfile
 from itertools import islice
 
 import numpy as np
@@ -19,13 +19,15 @@ def array_header(
     path,          # the file, for the message
     f,             # an open `.npy`, at its first byte
     nbytes:int,    # how long it is
+    cut=False,     # whether it may be shorter than its head promises
 ) -> tuple:        # shape, whether columns lie together, dtype, byte where the numbers begin
     "Read the head of a `.npy` file. EventFileError for objects, and for a size that is not the file's."
     major,_ = np.lib.format.read_magic(f)
     read = {1:np.lib.format.read_array_header_1_0, 2:np.lib.format.read_array_header_2_0}[major]
     shape,fortran,dtype = read(f)
     if dtype.hasobject: raise EventFileError(f"{path}: holds Python objects, which would have to be unpickled; save plain arrays without objects")
-    if any(s<0 for s in shape) or f.tell()+int(np.prod(shape, dtype=object))*dtype.itemsize!=nbytes or dtype.itemsize>2**12:
+    beyond = nbytes-f.tell()-int(np.prod(shape, dtype=object))*dtype.itemsize
+    if any(s<0 for s in shape) or beyond>0 or (beyond<0 and not cut) or dtype.itemsize>2**12:
         raise EventFileError(f"{path}: its header promises {dtype} of shape {shape}, which is not what its {nbytes} bytes hold; fetch it again")
     return shape, fortran, dtype, f.tell()
 
@@ -48,18 +50,20 @@ def table_columns(
     start_us=None,  # begin here, found by bisection
     seeks=True,     # whether that costs nothing
 ):
-    "Yield columns of a structured array x, y, t, p, or of rows of four numbers."
-    with opened() as f: shape,fortran,dtype,at = array_header(path, f, nbytes)
+    "Yield columns of a structured array x, y, t, p, or of rows of four numbers; EventFileError after the last whole event of a file that is cut."
+    with opened() as f: shape,fortran,dtype,at = array_header(path, f, nbytes, cut=seeks)
     fields,rows = set('xytp')<=set(dtype.names or ()), dtype.names is None and len(shape)==2 and shape[1]==4
     if not (fields and len(shape)==1 or rows):
         raise EventFileError(f"{path}: expected fields x, y, t, p, or rows of four numbers x, y, t, p; found {dtype} of shape {shape}")
-    count,first = shape[0],0
+    whole,first = (nbytes-at)//(dtype.itemsize*(4 if rows else 1)),0
+    count = min(shape[0], whole) if not fortran or whole>=shape[0] else 0      # of columns that lie together the last one is gone
     if start_us is not None and seeks and count:
-        m = np.load(path, mmap_mode='r', allow_pickle=False)
+        m = np.memmap(path, dtype, 'r', at, (count,4) if rows else (count,), 'F' if fortran else 'C')
         first = first_from(count, (m['t'] if fields else m[:,2]).__getitem__, start_us)
     if rows and fortran: yield from zip(*(_array_pieces(opened, dtype, at+k*count*dtype.itemsize, count, n, first) for k in range(4)))
     elif rows: yield from (a.reshape(-1,4).T for a in _array_pieces(opened, np.dtype((np.void, 4*dtype.itemsize)), at, count, n, first) for a in [a.view(dtype)])
     else: yield from (tuple(a[k] for k in 'xytp') for a in _array_pieces(opened, dtype, at, count, n, first))
+    if whole<shape[0]: raise EventFileError(f"{path}: truncated: its header promises {dtype} of shape {shape}, and it ends at byte {nbytes}, after {count} whole events; fetch it again")
 
 # %% ../nbs/01d_tables.ipynb #04705055
 def npy_columns(
@@ -107,24 +111,34 @@ def write_npy(
 # %% ../nbs/01d_tables.ipynb #6306a0c4
 def _data_line(line): return line.strip() and not line.lstrip().startswith('#')
 
+def _numbers(lines, comma):
+    "`(n, 4)` numbers of some lines; ValueError where they are not four each."
+    a = np.loadtxt(kept, delimiter=comma, ndmin=2) if (kept := [l for l in lines if _data_line(l)]) else np.empty((0,4))
+    if a.shape[1]!=4: raise ValueError(f'{a.shape[1]} columns')
+    return a
+
+def _refused(lines, comma):
+    try: return len(_numbers(lines, comma))<0
+    except ValueError: return True
+
 def text_columns(
     path,           # lines `t x y p`, by space or comma; `#` begins a comment
     n:int,          # events a piece, roughly
     start_us=None,  # not used: lines are read in order
 ):
-    "Yield columns of text; t is in seconds if the first one has a decimal point, else in µs. EventFileError names the lines."
+    "Yield columns of text; t is in seconds if the first one has a decimal point, else in µs. EventFileError names the line."
     with open(path, encoding='utf-8', errors='replace') as f:
         first = next((l for l in iter(lambda: f.readline(2**16), '') if _data_line(l)), '')
         f.seek(0)
         comma,seconds,number = ',' if ',' in first else None, '.' in first.replace(',', ' ').partition(' ')[0], 1
         while lines := list(islice(iter(lambda: f.readline(2**12), ''), n)):
-            try: a = np.loadtxt(kept, delimiter=comma, ndmin=2) if (kept := [l for l in lines if _data_line(l)]) else np.empty((0,4))
-            except ValueError as e: a,why = np.empty((1,0)),f': {e}'
-            else: why = ''
-            if a.shape[1]!=4:
-                raise EventFileError(f"{path}: not lines of four numbers t x y p, in lines {number} to {number+len(lines)-1}{why}")
+            try: a,good = _numbers(lines, comma),len(lines)
+            except ValueError:
+                good = bisect.bisect_left(range(1, len(lines)), True, key=lambda k: _refused(lines[:k], comma))   # lines before the first that is none
+                a = _numbers(lines[:good], comma)
             t,x,y,p = a.T
             if len(t): yield x, y, np.rint(t*1e6) if seconds else t, p
+            if good<len(lines): raise EventFileError(f"{path}: not lines of four numbers t x y p: line {number+good} is {lines[good].rstrip()[:60]!r}; was the file cut there, or is it of another kind?")
             number += len(lines)
 
 # %% ../nbs/01d_tables.ipynb #254042fa

@@ -5,7 +5,7 @@ from hypothesis import given, settings, strategies as st
 from mem_nb.config import parse_config
 from mem_nb.datasets import prepare
 from mem_nb.events import make_events
-from mem_nb.formats import read_events, write_events
+from mem_nb.formats import EventFileError, read_events, write_events
 from mem_nb.inspect import Tally, hot_pixels, inspect, tally_facts
 from mem_nb.store import EventStore
 
@@ -61,3 +61,24 @@ def test_the_command_prints_and_draws(tmp_path):
     for words,said in (((str(tmp_path/'no.bin'),), 'no such file'), ((str(tmp_path),), 'no packed store'), ((), 'wants a recording'), ((str(tmp_path/'x.bin'), 'pt_lr=1'), 'wants a recording')):
         done = run(*words)
         assert done.returncode!=0 and said in done.stderr and 'Traceback' not in done.stderr
+
+@pytest.mark.parametrize('kind', ['bin','dat','raw','npy','txt','back','outside'])
+def test_what_precedes_a_fault_is_counted_and_its_place_told(tmp_path, kind):
+    e,path = events(),tmp_path/f"x.{dict(back='npy', outside='npy').get(kind, kind)}"
+    if kind=='txt': np.savetxt(path, np.stack([e['t'],e['x'],e['y'],e['p']], 1), fmt='%d')
+    elif kind in ('back','outside'):
+        e[['t','x'][kind=='outside']][1500] = -1     # the column of one event
+        np.save(path, e)
+    else: write_events(path, e, (20,30))
+    if kind in ('bin','dat','raw','npy','txt'): path.write_bytes(path.read_bytes()[:dict(txt=-6).get(kind, -1)])
+    n,place = (1999, dict(txt='line 2000 is').get(kind, f"at byte {path.stat().st_size}" if kind=='npy' else 'at byte')) if kind not in ('back','outside') else (1500, 'at event 1500')
+    found = inspect(path, tmp_path/'x.png')
+    assert found.tally.n==n and found.facts['events']==f'{n:,}' and found.facts['FAULT'].startswith(f'after {n:,} sound events: ') and place in found.facts['FAULT']
+    assert (tmp_path/'x.png').exists()
+    with pytest.raises(EventFileError, match='x\\.'): read_events(path)
+    plt.close('all')
+
+def test_a_fault_at_the_first_event_leaves_nothing_to_draw(tmp_path):
+    e = events(5); e['x'][0] = -1; np.save(tmp_path/'x.npy', e)
+    found = inspect(tmp_path/'x.npy', tmp_path/'x.png')
+    assert found.tally is None and 'after 0 sound events' in found.facts['FAULT'] and not (tmp_path/'x.png').exists() and 'FAULT' in found._repr_html_()

@@ -3,7 +3,7 @@ import json, os, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest
 from mem_nb.events import make_events
-from mem_nb.formats import read_events
+from mem_nb.formats import read_events, write_events
 from mem_nb.pack import Recording, Sample
 from mem_nb import store
 from mem_nb.store import EventStore, fingerprint, read_manifest, read_sources, write_part, write_store
@@ -16,7 +16,7 @@ def folder(sources, tmp_path):
     write_store(sources, tmp_path/'store', (34,34), workers=1)
     return tmp_path/'store'
 
-def test_six_lines_of_numpy_read_the_store(folder):
+def test_five_lines_of_numpy_read_the_store(folder):
     packed,index = np.memmap(folder/'train.events', dtype='<u8', mode='r'),np.load(folder/'train.npz')
     one = packed[index['starts'][7]:index['stops'][7]]
     ev = EventStore(folder).events(7)
@@ -146,3 +146,20 @@ def test_a_kill_while_parts_are_joined_costs_nothing(sources, folder, tmp_path, 
 def test_parts_of_other_recordings_are_not_joined(sources, tmp_path):
     for k in (1,2): write_part(sources, tmp_path/'apart', k, 2, 'other', (34,34), None, None, workers=1)
     with pytest.raises(ValueError, match='2 of 2 parts are not packed whole, or of other recordings'): write_store(sources, tmp_path/'apart', (34,34), workers=1)
+
+def test_two_sensors_are_an_error_before_packing_that_names_both_files(tmp_path, monkeypatch):
+    e,recs = make_events([1,2],[3,4],[0,5],[1,0]),[]
+    for name,sensor in (('a.dat',(240,304)), ('b.npy',None), ('c.raw',None), ('d.raw',(480,640)), ('e.h5',(240,304))):
+        write_events(tmp_path/name, e, sensor); recs.append(Recording(tmp_path/name, 'c', 'train', name))
+    packed = []
+    monkeypatch.setattr(store, 'write_split', lambda *a: packed.append(a))
+    for write in (lambda: write_store(recs, tmp_path/'store', workers=1), lambda: write_part(recs, tmp_path/'store', 1, 1, 'seen', None, None, None, workers=1)):
+        with pytest.raises(ValueError, match=r'two sensors in one store: \S*a\.dat says .*240, 304.* \S*d\.raw says .*480, 640.*; prepare each camera'): write()
+    assert not packed and not list(tmp_path.glob('store*'))
+    monkeypatch.undo()
+    (tmp_path/'d.raw').write_bytes(b'% evt 2.0\n% geometry 640x480\n')          # what cannot be read is refused, as ever; its header counts
+    with pytest.raises(ValueError, match='two sensors'): write_store(recs, tmp_path/'store', workers=1)
+    m = write_store([*recs[:3], recs[4]], tmp_path/'store', workers=1)
+    assert m['size']==[240,304] and m['recordings']==4
+    m = write_store(recs, tmp_path/'known', size=(240,304), workers=1)          # where the sensor is known, the file that disagrees is refused
+    assert m['recordings']==4 and 'd.raw' in m['refused'][0]['reason'] and '640' in m['refused'][0]['reason']
