@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
 from .events import unpack_events
+from .cameras import raw_size
 from .formats import recording_size
 from .pack import Recording, Window, done_groups, file_hash, write_split, write_whole
 
@@ -67,7 +68,7 @@ SILENT = ('.bin','.npy','.npz','.txt','.csv','.text')   # endings of files that 
 def _header(source):
     "The sensor `(H, W)` by a file's header, or None; what cannot be read is told when it is packed."
     if not isinstance(source, Recording) or source.reader or source.path.suffix.lower() in SILENT: return None
-    try: return recording_size(source.path)
+    try: return (raw_size if source.path.suffix.lower() in ('.dat','.raw') else recording_size)(source.path)      # of these, opened once
     except (ValueError, OSError, ImportError): return None
 
 def _check_headers(sources):
