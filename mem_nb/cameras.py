@@ -51,16 +51,18 @@ def word_pieces(
     n:int,          # records a piece
     first:int=0,    # first record to read
 ):
-    "Yield byte and records, piece by piece, in a buffer used over and over. EventFileError at the end if the last record is cut off."
+    "Yield byte and records, piece by piece, in a buffer used over and over; after the last whole one, EventFileError if one is cut off."
     dtype = np.dtype(dtype)
-    buffer,left = np.empty(n, dtype),(os.path.getsize(path)-start) % dtype.itemsize
+    buffer = np.empty(n, dtype)
     with open(path, 'rb') as f:
         at = f.seek(start + first*dtype.itemsize)
         while k := f.readinto(buffer.view(np.uint8))//dtype.itemsize:
             yield at, buffer[:k]
             at += k*dtype.itemsize
-    if left: raise EventFileError(f"{path}: truncated, or not of this format: a record is {dtype.itemsize} bytes, "
-                                  f"and {left} are left over at byte {at}; fetch the file again")
+    size = os.path.getsize(path)
+    if left := (size-start) % dtype.itemsize:
+        raise EventFileError(f"{path}: truncated, or not of this format: a record is {dtype.itemsize} bytes, "
+                             f"and {left} are left over at byte {size-left}; fetch the file again")
 
 def first_from(
     n:int,             # how many events there are, at least one

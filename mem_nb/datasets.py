@@ -73,15 +73,17 @@ def find_dataset(name:str) -> Dataset:
     return DATASETS[name]
 
 # %% ../nbs/04d_datasets.ipynb #0e7f988d
-def _files(folder, suffixes):
-    "All files below, in order, that end as they should; links are followed, hidden files left out."
+def _names(folder, suffixes):
+    "All files below that end as they should; links are followed, hidden files left out."
     found,ends,been = [],tuple(suffixes),set()
     for at,dirs,names in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(at)) in been: dirs[:] = []; continue     # a link that leads back
         been.add(real)
         dirs[:] = sorted(d for d in dirs if not d.startswith('.'))
         found += [os.path.join(at, n) for n in names if n.lower().endswith(ends) and not n.startswith('.')]
-    return [Path(p) for p in sorted(found)]
+    return found
+
+def _files(folder, suffixes): return [Path(p) for p in sorted(_names(folder, suffixes))]
 
 def _class_files(folder, dataset):
     "The files of each class; raises ValueError for a class without any, and for a recording in two formats."
@@ -214,6 +216,12 @@ def _door(cfg):
     return folder, _settings(cfg), raw
 
 # %% ../nbs/04d_datasets.ipynb #ec5133f0
+def _tell_left_out(root, sources, suffixes):
+    "Say which files below are no part of the data set, so that none stays away in silence."
+    below = {p.removeprefix('./') for p in _names(root, ('',))} - {str(s.path) for s in sources}
+    left = sorted(name for p in below if (name := os.path.relpath(p, root))!='simulated.json')
+    if left: print(f"not read of the files below {root}: {len(left):,}, such as {', '.join(left[:3])}; read are {', '.join(suffixes)}, where this data set keeps them")
+
 def prepared(
     cfg:Config,  # data_path, data_set, split, sensor, windows
 ) -> Path:       # folder of the store
@@ -226,6 +234,7 @@ def prepared(
         return folder
     sources = _sources(cfg)
     if manifest.get('seen')!=(seen := fingerprint(sources, d.data_set, *settings)):
+        if not d.split_file: _tell_left_out(data_root(cfg), sources, find_dataset(d.data_set).suffixes)
         write_store(sources, folder, *settings, cfg.run.prepare_workers, seen, data_set=d.data_set, asked=asked)
     return folder
 

@@ -73,7 +73,7 @@ def explore_recording(
         own = cut_window(events, by, 10**length, position)
         fig = plt.figure(figsize=(8.4,3.4), layout='constrained')
         left,right = fig.add_gridspec(1, 2, width_ratios=(1.1,1))
-        if cloud and len(own): show_events(own, 2000, fig.add_subplot(left, projection='3d'))
+        if cloud and len(own): show_events(own, 2000, fig.add_subplot(left, projection='3d')).set_box_aspect((2,1,.9), zoom=.85)   # so that its y label stays inside
         else:
             ax = fig.add_subplot(left)
             ax.imshow(events_to_rgb(own, size, COLORS[colors]), interpolation='nearest')

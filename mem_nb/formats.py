@@ -9,7 +9,7 @@ __all__ = ['ATIS', 'DAT', 'FORMATS', 'EXTENSIONS', 'SIGNATURES', 'FOREIGN', 'RAN
            'read_npy', 'read_npz', 'read_text', 'write_events']
 
 # %% ../nbs/02_formats.ipynb #a64f43ce
-import bisect, errno, os
+import errno, os
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -125,7 +125,7 @@ def write_dat(
 # %% ../nbs/02_formats.ipynb #8d3f4352
 FORMATS = dict(
     bin=EventFormat('ATIS of N-MNIST, N-Caltech101', bin_columns, lambda path: None, write_bin, 5, 23,
-                    'in some files of this kind y = 240 marks that the clock started over: convert such a file with the tool that wrote it'),
+                    'is it a file of N-MNIST or N-Caltech101? in some of them y = 240 marks that the clock started over: convert such a file with the tool that wrote it'),
     dat=EventFormat('Prophesee DAT, N-Cars', dat_columns, raw_size, write_dat, 8, 32),
     **CAMERA_FORMATS, **CONTAINER_FORMATS, **TABLE_FORMATS)
 EXTENSIONS = {'.bin':'bin', '.txt':'text', '.csv':'text', '.text':'text'}
@@ -157,17 +157,21 @@ def file_format(
 # %% ../nbs/02_formats.ipynb #ec7e844a
 RANGES = dict(x=(0,2**15-1), y=(0,2**15-1), t=(-2**63,2**63-1025), p=(-1,1))
 
+def _fault(i, told):
+    "The error of event `i` of a piece; those before it are sound."
+    e = EventFileError(told); e.sound = int(i); return e
+
 def _check_column(path, name, a, low, high, at, doubt):
     "Refuse what the field of an event cannot hold; `at` events came before."
-    if a.ndim!=1 or a.dtype.kind not in 'biuf': raise EventFileError(f"{path}: {name} should be numbers, is {a.dtype}; {doubt}")
+    if a.ndim!=1 or a.dtype.kind not in 'biuf': raise _fault(0, f"{path}: {name} should be numbers, is {a.dtype}; {doubt}")
     if a.dtype.kind=='b' or (name=='t' and np.can_cast(a.dtype, EVENT_DTYPE['t'])): return
     if a.dtype.kind in 'iu' and low<=np.iinfo(a.dtype).min and np.iinfo(a.dtype).max<=high: return
     if a.dtype.kind=='f' and (bad := a!=np.trunc(a)).any():
-        raise EventFileError(f"{path}: {name} = {a[bad.argmax()]} at event {at+bad.argmax()} is no whole number; round it where that is right"
+        raise _fault(bad.argmax(), f"{path}: {name} = {a[bad.argmax()]} at event {at+bad.argmax()} is no whole number; round it where that is right"
                              + (", and write times in µs" if name=='t' else "") + f"; {doubt}")
     if a.min()<low or a.max()>high:
         i = int(((a<low)|(a>high)).argmax())
-        raise EventFileError(f"{path}: {name} = {a[i]} at event {at+i} lies outside {low}..{high}; {doubt or 'fetch the file again'}")
+        raise _fault(i, f"{path}: {name} = {a[i]} at event {at+i} lies outside {low}..{high}; {doubt or 'fetch the file again'}")
 
 def _check_order(path, t, last, at, clock_bits, doubt):
     "Refuse times that run backwards, within a piece or since the last one."
@@ -178,36 +182,36 @@ def _check_order(path, t, last, at, clock_bits, doubt):
     why = doubt or "did a clock overflow, or was a byte lost? fetch the file again; sort by t only where you know that nothing but the order is wrong"
     if clock_bits and before-int(t[i]) > .75*2**clock_bits:
         why = f"most likely the clock of {clock_bits} bits started over after {2**clock_bits/1e6:.2f} s: cut the recording there"
-    raise EventFileError(f"{path}: times run backwards at event {at+i}, {t[i]} µs after {before} µs; {why}")
+    raise _fault(i, f"{path}: times run backwards at event {at+i}, {t[i]} µs after {before} µs; {why}")
 
 # %% ../nbs/02_formats.ipynb #a9aea32d
-def _fault(path, f, columns, n, last, at, size):
-    "What is wrong with the first `n` events of a piece, as an EventFileError, or None."
-    limits = dict(RANGES, **({'y':(0,size[0]-1), 'x':(0,size[1]-1)} if size else {}))
-    try:
-        for a,k in zip(columns := [c[:n] for c in columns], 'xytp'):
-            doubt = f'is the size of the sensor right, (H, W) = {tuple(size)}?' if size and k in 'xy' else f.doubt
-            _check_column(path, k, a, *limits[k], at, doubt)
-        _check_order(path, columns[2], last, at, f.clock_bits, f.doubt)
-    except EventFileError as e: return e
+def _until_fault(columns, check):
+    "The events before the first fault, and that fault."
+    fault = None
+    while len(columns[2]):
+        try: check(columns); break
+        except EventFileError as e: fault,columns = e,tuple(c[:e.sound] for c in columns)
+    return columns, fault
 
 def _checked(path, name, n, start_us, end_us, size):
-    "Check columns and cut the window out; yield columns x, y, t, p of at most n events, p bool, up to a fault."
+    "Check columns and cut the window out; yield columns x, y, t, p of at most n events, p bool."
     f,last,at = FORMATS[name],None,0
+    limits = dict(RANGES, **({'y':(0,size[0]-1), 'x':(0,size[1]-1)} if size else {}))
+    doubt = f'is the size of the sensor right, (H, W) = {tuple(size)}?' if size else f.doubt
+    def check(columns):
+        for a,k in zip(columns, 'xytp'): _check_column(path, k, a, *limits[k], at, doubt if k in 'xy' else f.doubt)
+        _check_order(path, columns[2], last, at, f.clock_bits, f.doubt)
     for columns in f.columns(path, n, start_us):
-        fault = lambda n: _fault(path, f, columns, n, last, at, size)
-        sound,wrong = len(columns[0]),fault(None)
-        if wrong: sound = bisect.bisect_left(range(1, sound+1), True, key=lambda n: fault(n) is not None); wrong = fault(sound+1)
-        if not sound: raise wrong
-        x,y,t,p = (c[:sound] for c in columns)
-        last,at = int(t[-1]),at+sound
+        (x,y,t,p),fault = _until_fault(columns, check)
+        if fault and not len(t): raise fault
+        last,at = int(t[-1]),at+len(t)
         a = 0 if start_us is None else int(np.searchsorted(t, start_us))
         b = len(t) if end_us is None else int(np.searchsorted(t, end_us))
         x,y,t = (c.astype(np.int64) if c.dtype.kind=='f' else c for c in (x,y,t))      # whole numbers, as was checked
         p = p if p.dtype==bool else p>0
         for i in range(a, b, n): yield tuple(c[i:min(i+n, b)] for c in (x,y,t,p))
         if end_us is not None and last>=end_us: return
-        if wrong: raise wrong
+        if fault: raise fault
     if not at: raise EventFileError(f"{path}: no events; leave this recording out")
 
 def _fill(events, columns):
@@ -223,8 +227,7 @@ def _naming(path, name):
     try: yield
     except (EventFileError, ImportError): raise
     except Exception as e:
-        if isinstance(e, OSError) and e.errno in MACHINE: raise      # the disk or the network, not the file
-        # damage makes zlib, NumPy and HDF5 raise a dozen kinds, from KeyError to MemoryError
+        if isinstance(e, OSError) and e.errno in MACHINE: raise      # the disk or the network; all else is damage, of a dozen kinds from KeyError to MemoryError
         raise EventFileError(f"{path}: cannot be read as {name} ({type(e).__name__}: {e}); fetch it again") from e
 
 # %% ../nbs/02_formats.ipynb #869fd26b

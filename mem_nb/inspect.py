@@ -122,9 +122,9 @@ def inspect_recording(
     except ValueError as e: fault = str(e)
     facts = {'format': f'{kind}, {os.path.getsize(path):,} bytes', 'sensor': f'(H, W) = {size}, says the header' if size else f'not said; (H, W) = {t.counts.shape[1:]} holds all events' if t.n else 'not said'}
     if t.n: facts |= tally_facts(t)
-    if fault: facts['FAULT'] = (f'after {t.n:,} sound events, which are counted here: ' if t.n else '') + fault
+    if fault: facts['FAULT'] = f'after {t.n:,} sound events: {fault}'
     if fault and t.n: facts['time order'] = facts['time order'].replace('ascending', 'ascending up to the fault')
-    return Inspection(str(path), facts, t)
+    return Inspection(str(path), facts, t if t.n else None)
 
 # %% ../nbs/04e_inspect.ipynb #c855eed9
 def store_facts(

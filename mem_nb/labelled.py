@@ -326,8 +326,8 @@ def labelled(
     "Pack the labelled data, unless that is done; ValueError lists each file that is wrong."
     g,d = cfg.segment,cfg.data
     root = Path(g.path) if g.path else data_root(cfg)
-    sensor = find_dataset(d.data_set).size if d.data_set in ('dsec','scenes') else find_dataset('dsec').size if g.layout=='dsec' else None
-    given = (d.sensor_H,d.sensor_W) if d.sensor_H else None
+    given,own = (d.sensor_H,d.sensor_W) if d.sensor_H else None, not g.path    # labels of data_path's recordings are of its sensor
+    sensor = find_dataset(d.data_set).size if d.data_set in ('dsec','scenes') else find_dataset('dsec').size if g.layout=='dsec' and not (given and own) else None
     items,wrong = list_labelled(root, g.layout, g.classes)
     return pack_labelled(items, wrong, label_path(cfg), g.classes, g.ignore, g.window_us, g.rows, None if g.layout=='images' else sensor,
                          given, cfg.run.prepare_workers or 1)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 from .events import EVENT_DTYPE, check_events, make_events, pack_events
-from .formats import open_recording, recording_size
+from .formats import open_recording
 
 # %% ../nbs/04b_pack.ipynb #3c1c4232
 CHUNK = 2**15  # events at a time: what a core's cache holds
@@ -63,7 +63,6 @@ class Recording:
         if not self.reader: return open_recording(self.path, CHUNK, registered=registered, given=given)
         size = registered or given
         return size, checked_columns(self.reader(self.path, CHUNK, size=size), size, self.where)
-    def sensor(self): return None if self.reader else recording_size(self.path)      # what the header says
     def digest(self): return file_hash(self.path)
     def stamp(self): return f'{(s := os.stat(self.path)).st_size} {s.st_mtime_ns}' if self.path.exists() else 'absent'
 
@@ -89,7 +88,6 @@ class Sample:
         "Sensor `(H, W)` or None, and columns."
         e,size = self.events,registered or given
         return size, checked_columns((e[i:i+CHUNK] for i in range(0, len(e), CHUNK)), size, self.where)
-    def sensor(self): return None
     def digest(self): return hashlib.sha256(self.events.tobytes()).hexdigest()
     def stamp(self): return self.digest()
 

@@ -192,10 +192,10 @@ def command(
     if step in ('status','logs','cancel'): return watch(step, conf, overrides, n)
     if step=='sweep': return sweep([w for w in (conf,*overrides) if w], slurm, dry_run, table)
     if step=='evaluate' and _runs((conf,*overrides)): return evaluation((conf,*overrides))
-    if step in ('demo','config') and '=' in conf: conf,overrides = '',[conf,*overrides]
+    if step in ('demo','config','prepare') and '=' in conf and not Path(conf).is_file(): conf,overrides = '',[conf,*overrides]
     if step=='demo': conf = conf or 'configs/demo.conf'
     if step=='inspect': return inspection(conf, overrides)
-    if not conf and step!='config': raise ValueError(f"`mem_nb {step}` wants a configuration file, such as configs/demo.conf")
+    if not conf and not (step=='config' or step=='prepare' and overrides): raise ValueError(f"`mem_nb {step}` wants a configuration file, such as configs/demo.conf")
     asked = dict(o.partition('=')[::2] for o in overrides if step=='predict' and o.partition('=')[0] in ('recording','out'))
     if step=='predict' and 'recording' not in asked: raise ValueError("`mem_nb predict` wants a configuration file and recording=FILE, and perhaps out=FOLDER")
     overrides = [o for o in overrides if o.partition('=')[0] not in asked]
@@ -245,6 +245,7 @@ EXAMPLES = """examples:
   mem_nb few_labels configs/nmnist.conf data_path=data/nmnist class_labels="0.02 5/class"
   mem_nb evaluate runs/2026-11/one runs/2026-11/two to=page.html
   mem_nb inspect recording.raw picture=recording.png
+  mem_nb prepare data_set=recordings data_path=my_camera window_us=50000
   mem_nb run configs/scenes.conf
   mem_nb predict configs/scenes.conf recording=recording.raw
   mem_nb run configs/nmnist.conf data_path=data/nmnist slurm_partition=gpu --slurm

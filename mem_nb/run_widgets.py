@@ -125,8 +125,9 @@ def finetuned(
     "The finished finetunings of a run; FileNotFoundError where there is none."
     found = {}
     for p in sorted((cfg.folder/'finetune').glob('*/final.safetensors')):
-        method,labels,seed = p.parent.name.rsplit('_', 2)
-        found[p.parent.name] = method,labels,int(seed.removeprefix('seed'))
+        method,_,rest = p.parent.name.partition('_')          # such as pretrained_2_a_class_seed0
+        labels,_,seed = rest.rpartition('_seed')
+        found[p.parent.name] = method,labels,int(seed)
     if not found: raise FileNotFoundError(f"nothing is finetuned in {cfg.folder} yet; run `mem_nb finetune` with its configuration")
     return found
 
@@ -134,8 +135,13 @@ def _records(cfg):
     "The accuracies that the finished finetunings of a run, or its summary, tell."
     summary = cfg.folder/'summary.json'
     if summary.is_file() and (found := json.loads(summary.read_text()).get('results')): return found
-    told = {n:json.loads((cfg.folder/'finetune'/n/'final.json').read_text())['metrics'] for n in finetuned(cfg)}
-    return [dict(method=m, labels=l, seed=s, accuracy=told[n]['val_accuracy']) for n,(m,l,s) in finetuned(cfg).items() if 'val_accuracy' in told[n]]
+    records = []
+    for name,(m,l,s) in finetuned(cfg).items():
+        folder = cfg.folder/'finetune'/name
+        told,listed = json.loads((folder/'final.json').read_text())['metrics'],folder/'labels.txt'
+        if 'val_accuracy' not in told or not listed.is_file(): continue
+        records.append(dict(method=m, labels=l, n_labels=len(listed.read_text(encoding='utf-8').splitlines()), seed=s, accuracy=told['val_accuracy']))
+    return records
 
 @explorer
 def browse_evaluation(
@@ -197,17 +203,18 @@ def step_segmentation(
     names = list(classes) if classes is not None else [str(k) for k in range(most)]
     if most>len(names): raise ValueError(f"label {most-1} has no name; {len(names)} classes are given")
     colors = label_colors(len(names))
-    def over(frame, labels, opacity):
-        rgb = frame_to_rgb(frame).copy(); known = labels!=ignore
-        rgb[known] = (1-opacity)*rgb[known] + opacity*colors[labels[known]]
-        return rgb
+    table = np.ones((max(256, ignore+1),3), np.float32); table[:len(colors)] = colors
+    def over(rgb, labels, opacity):
+        a = np.where(labels==ignore, 0, np.float32(opacity))[...,None]
+        return rgb + a*(table[labels]-rgb)
     def draw(index, show, opacity):
-        pictures = {'frame':frame_to_rgb(frames[index])}
-        if show!='truth': pictures['predicted'] = over(frames[index], p[index], opacity)
-        if t is not None and show!='prediction': pictures['true'] = over(frames[index], t[index], opacity)
+        rgb = frame_to_rgb(frames[index]).astype(np.float32)
+        pictures = {'frame':rgb}
+        if show!='truth': pictures['predicted'] = over(rgb, p[index], opacity)
+        if t is not None and show!='prediction': pictures['true'] = over(rgb, t[index], opacity)
         right = '' if t is None else f', {100*(p[index]==t[index])[t[index]!=ignore].mean():.0f} % of the pixels right' if (t[index]!=ignore).any() else ', nothing labelled'
         fig,axs = plt.subplots(1, len(pictures), figsize=(3.2*len(pictures)+1.2, 3.2*p.shape[1]/p.shape[2]+.8), layout='constrained')
-        for ax,(name,rgb) in zip(axs, pictures.items()): ax.imshow(rgb, interpolation='nearest'); ax.set(title=name, xticks=[], yticks=[])
+        for ax,(name,rgb) in zip(axs, pictures.items()): ax.imshow(np.uint8(255*rgb), interpolation='nearest'); ax.set(title=name, xticks=[], yticks=[])
         fig.legend([plt.Rectangle((0,0), 1, 1, color=c) for c in colors], names, loc='outside right center')
         fig.suptitle(f'frame {index+1} of {len(p)}{right}', fontsize=10)
         return fig

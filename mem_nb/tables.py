@@ -19,27 +19,27 @@ def array_header(
     path,          # the file, for the message
     f,             # an open `.npy`, at its first byte
     nbytes:int,    # how long it is
-    cut=False,     # may it end too early, where whole rows lie together?
+    cut=False,     # whether it may be shorter than its head promises
 ) -> tuple:        # shape, whether columns lie together, dtype, byte where the numbers begin
     "Read the head of a `.npy` file. EventFileError for objects, and for a size that is not the file's."
     major,_ = np.lib.format.read_magic(f)
     read = {1:np.lib.format.read_array_header_1_0, 2:np.lib.format.read_array_header_2_0}[major]
     shape,fortran,dtype = read(f)
     if dtype.hasobject: raise EventFileError(f"{path}: holds Python objects, which would have to be unpickled; save plain arrays without objects")
-    ends = f.tell()+int(np.prod(shape, dtype=object))*dtype.itemsize
-    if any(s<0 for s in shape) or ends<nbytes or (ends>nbytes and (fortran or not cut)) or dtype.itemsize>2**12:
+    beyond = nbytes-f.tell()-int(np.prod(shape, dtype=object))*dtype.itemsize
+    if any(s<0 for s in shape) or beyond>0 or (beyond<0 and not cut) or dtype.itemsize>2**12:
         raise EventFileError(f"{path}: its header promises {dtype} of shape {shape}, which is not what its {nbytes} bytes hold; fetch it again")
     return shape, fortran, dtype, f.tell()
 
-def _array_pieces(path, opened, dtype, at, count, n, first=0):
-    "Yield `count` numbers of a stream from byte `at` on, n at a time. EventFileError where it ends before."
+def _array_pieces(opened, dtype, at, count, n, first=0):
+    "Yield `count` numbers of a stream from byte `at` on, n at a time."
     with opened() as f:
         f.seek(at + first*dtype.itemsize)
         for i in range(first, count, n):
             k = min(n, count-i)
-            whole = len(raw := f.read(k*dtype.itemsize))//dtype.itemsize
-            if whole: yield np.frombuffer(raw, dtype, whole)
-            if whole<k: raise EventFileError(f"{path}: its header promises {count} events, and it ends within event {i+whole}, at byte {at+(i+whole)*dtype.itemsize}; fetch it again")
+            raw = f.read(k*dtype.itemsize)
+            if len(raw)<k*dtype.itemsize: raise EOFError(f"ends at number {i+len(raw)//dtype.itemsize} of {count}")
+            yield np.frombuffer(raw, dtype)
         f.read(1)                                          # at its end, a member of a zip file is checked
 
 def table_columns(
@@ -50,19 +50,20 @@ def table_columns(
     start_us=None,  # begin here, found by bisection
     seeks=True,     # whether that costs nothing
 ):
-    "Yield columns of a structured array x, y, t, p, or of rows of four numbers."
-    with opened() as f: shape,fortran,dtype,at = array_header(path, f, nbytes, seeks)
+    "Yield columns of a structured array x, y, t, p, or of rows of four numbers; EventFileError after the last whole event of a file that is cut."
+    with opened() as f: shape,fortran,dtype,at = array_header(path, f, nbytes, cut=seeks)
     fields,rows = set('xytp')<=set(dtype.names or ()), dtype.names is None and len(shape)==2 and shape[1]==4
     if not (fields and len(shape)==1 or rows):
         raise EventFileError(f"{path}: expected fields x, y, t, p, or rows of four numbers x, y, t, p; found {dtype} of shape {shape}")
-    count,first = shape[0],0
-    there = min(count, (nbytes-at)//(dtype.itemsize*(1 if fields else 4)))
-    if start_us is not None and seeks and there:
-        m = np.memmap(path, dtype, 'r', at, (there,*shape[1:]), 'F' if fortran else 'C')
-        first = first_from(there, (m['t'] if fields else m[:,2]).__getitem__, start_us)
-    if rows and fortran: yield from zip(*(_array_pieces(path, opened, dtype, at+k*count*dtype.itemsize, count, n, first) for k in range(4)))
-    elif rows: yield from (a.reshape(-1,4).T for a in _array_pieces(path, opened, np.dtype((np.void, 4*dtype.itemsize)), at, count, n, first) for a in [a.view(dtype)])
-    else: yield from (tuple(a[k] for k in 'xytp') for a in _array_pieces(path, opened, dtype, at, count, n, first))
+    whole,first = (nbytes-at)//(dtype.itemsize*(4 if rows else 1)),0
+    count = min(shape[0], whole) if not fortran or whole>=shape[0] else 0      # of columns that lie together the last one is gone
+    if start_us is not None and seeks and count:
+        m = np.memmap(path, dtype, 'r', at, (count,4) if rows else (count,), 'F' if fortran else 'C')
+        first = first_from(count, (m['t'] if fields else m[:,2]).__getitem__, start_us)
+    if rows and fortran: yield from zip(*(_array_pieces(opened, dtype, at+k*count*dtype.itemsize, count, n, first) for k in range(4)))
+    elif rows: yield from (a.reshape(-1,4).T for a in _array_pieces(opened, np.dtype((np.void, 4*dtype.itemsize)), at, count, n, first) for a in [a.view(dtype)])
+    else: yield from (tuple(a[k] for k in 'xytp') for a in _array_pieces(opened, dtype, at, count, n, first))
+    if whole<shape[0]: raise EventFileError(f"{path}: truncated: its header promises {dtype} of shape {shape}, and it ends at byte {nbytes}, after {count} whole events; fetch it again")
 
 # %% ../nbs/01d_tables.ipynb #04705055
 def npy_columns(
@@ -95,7 +96,7 @@ def npz_columns(
             with z.open(members[k]) as f: heads.append(array_header(path, f, members[k].file_size))
         if len({h[0] for h in heads})>1 or len(heads[0][0])!=1:
             raise EventFileError(f"{path}: x, y, t, p should be equally long, are {', '.join(str(h[0]) for h in heads)}")
-        yield from zip(*(_array_pieces(path, opened(k), h[2], h[3], h[0][0], n) for k,h in zip('xytp', heads)))
+        yield from zip(*(_array_pieces(opened(k), h[2], h[3], h[0][0], n) for k,h in zip('xytp', heads)))
 
 # %% ../nbs/01d_tables.ipynb #0e78ddc9
 def write_npy(
@@ -108,31 +109,26 @@ def write_npy(
     with replacing(path) as part, open(part, 'wb') as f: np.save(f, events, allow_pickle=False)
 
 # %% ../nbs/01d_tables.ipynb #6306a0c4
-def _holds_data(line): return line.strip() and not line.lstrip().startswith('#')
+def _data_line(line): return line.strip() and not line.lstrip().startswith('#')
 
-def _rows(lines, comma, heading):
-    "Lines as rows of four numbers; ValueError where one is not."
-    kept = [l for l in lines if _holds_data(l) and l!=heading]
-    a = np.loadtxt(kept, delimiter=comma, ndmin=2) if kept else np.empty((0,4))
-    if a.shape[1]!=4: raise ValueError(f"{a.shape[1]} columns")
+def _numbers(lines, comma, heading):
+    "`(n, 4)` numbers of some lines; ValueError where they are not four each."
+    a = np.loadtxt(kept, delimiter=comma, ndmin=2) if (kept := [l for l in lines if _data_line(l) and l!=heading]) else np.empty((0,4))
+    if a.shape[1]!=4: raise ValueError(f'{a.shape[1]} columns')
     return a
 
-def _sound_lines(lines, *how):
-    "How many lines come before the first that is not four numbers."
-    def bad(n):
-        try: _rows(lines[:n], *how)
-        except ValueError: return True
-        return False
-    return bisect.bisect_left(range(1, len(lines)+1), True, key=bad)
+def _refused(lines, *how):
+    try: return len(_numbers(lines, *how))<0
+    except ValueError: return True
 
 def text_columns(
     path,           # lines `t x y p`, by space or comma, or in the order of a heading such as `timestamp,x,y,polarity`; `#` begins a comment
     n:int,          # events a piece, roughly
     start_us=None,  # not used: lines are read in order
 ):
-    "Yield columns of text; t is in seconds if the first one has a decimal point, else in µs. EventFileError names the lines."
+    "Yield columns of text; t is in seconds if the first one has a decimal point, else in µs. EventFileError names the line."
     with open(path, encoding='utf-8-sig', errors='replace') as f:
-        data = filter(_holds_data, iter(lambda: f.readline(2**12), ''))
+        data = filter(_data_line, iter(lambda: f.readline(2**12), ''))
         comma = ',' if ',' in (first := next(data, '')) else None
         letters = [word.strip(' "\n')[:1].lower() for word in first.split(comma)]
         heading = first if sorted(letters)==['p','t','x','y'] else None
@@ -141,12 +137,14 @@ def text_columns(
         seconds,number,how = '.' in (first.split(comma)+['']*4)[order[0]],1,(comma,heading)
         f.seek(0)
         while lines := list(islice(iter(lambda: f.readline(2**12), ''), n)):
-            try: a,sound = _rows(lines, *how),len(lines)
-            except ValueError: sound = _sound_lines(lines, *how); a = _rows(lines[:sound], *how)
+            try: a,good = _numbers(lines, *how),len(lines)
+            except ValueError:
+                good = bisect.bisect_left(range(1, len(lines)), True, key=lambda k: _refused(lines[:k], *how))   # lines before the first that is none
+                a = _numbers(lines[:good], *how)
             t,x,y,p = a.T[order]
             if len(t): yield x, y, np.rint(t*1e6) if seconds else t, p
-            number += sound
-            if sound<len(lines): raise EventFileError(f"{path}: not lines of four numbers t x y p: line {number} is {lines[sound].strip()[:60]!r}; a heading names t, x, y, p, or begins with #; a file that ends here was cut off, fetch it again")
+            if good<len(lines): raise EventFileError(f"{path}: not lines of four numbers t x y p: line {number+good} is {lines[good].rstrip()[:60]!r}; was the file cut there, or is it of another kind?")
+            number += len(lines)
 
 # %% ../nbs/01d_tables.ipynb #254042fa
 ORDER = 'are the columns in the order x, y, t, p?'

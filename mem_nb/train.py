@@ -28,7 +28,7 @@ from .config import RunConfig, Stopped, on_signals, process_rank
 from .shard import first_says, opened, share_out
 from .store import locked
 from .state import (NOT_OF_THE_RESULT, TrainingState, append_log, atomic, check_settings, final_metrics, finish, has_state, is_done,
-                          load_weights, read_log, rewind_log, save_weights, step_settings, weights_hash, whole, write_json)
+                          load_weights, put_together, read_log, rewind_log, save_weights, step_settings, weights_hash, write_json)
 
 _all_ = ['NOT_OF_THE_RESULT','TrainingState','atomic','check_settings','final_metrics','is_done','load_weights','read_log',
          'save_weights','step_settings','weights_hash','write_json']
@@ -155,7 +155,7 @@ def train_step(
             acc.backward(loss/accumulate)
         samples += len(batch)
         for k,v in dict(metrics, loss=loss).items(): totals[k] = totals.get(k,0) + v.detach()/accumulate
-    norm = whole(acc.clip_grad_norm_(state.model.parameters(), grad_clip or float('inf')))
+    norm = put_together(acc.clip_grad_norm_(state.model.parameters(), grad_clip or float('inf')))
     try: check_finite(totals['loss'], norm, acc.scaler)
     except FloatingPointError as e: raise FloatingPointError(f"{e} at step {state.step}, learning rate {lr:.3g}") from None
     state.optimizer.step(); state.optimizer.zero_grad()
@@ -210,7 +210,7 @@ class Trainer:
             self._train()
             if self.takes_part and self.choose: self.metrics = self.choose(self.state, self.metrics)
             if self.takes_part: finish(self.state, self.folder, self.metrics, self.settings)
-            self.acc.wait_for_everyone()
+            self.metrics = first_says(self.metrics, self.acc.num_processes>1)   # who also waits until all is written
             for tracker in self.acc.trackers: tracker.finish()           # the processes stay joined for the next step
             if self._any(bool(self.asked)): raise Stopped(f"{self.desc}: finished, and asked to stop before what comes next. The same command continues")
         return self.metrics

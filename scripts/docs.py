@@ -1,5 +1,5 @@
 "Build the documentation in _docs/ from the notebooks as they are stored: pages, reference, gallery; then check it."
-import base64, inspect, json, re, shutil, sys
+import base64, html, inspect, json, re, shutil, sys
 from collections import Counter
 from dataclasses import fields, is_dataclass
 from html.parser import HTMLParser
@@ -13,6 +13,7 @@ from sphinx.cmd.build import build_main
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE,SITE = ROOT/'_proc'/'docs', ROOT/'_docs'
+ADDRESS = re.compile(r'\bat 0x[0-9a-f]{4,}')   # another one in every process: no reader can use it
 sys.path.insert(0, str(ROOT))
 
 def notebooks(folder=ROOT/'nbs'): return sorted(p for p in folder.glob('*.ipynb') if p.stem!='index')
@@ -69,6 +70,12 @@ def all_links(root) -> dict:  # name -> Markdown
 # ---- the reference
 def cell_text(o): return re.sub(r'\s+', ' ', str(o)).replace('|', '\\|')
 
+def shown_value(o) -> str:
+    "A value as one would write it: a function or a class by its name, not by its place in memory; '' where there is no such way."
+    text = getattr(o, '__name__', '') if callable(o) else ''
+    text = text or re.sub(r"<(?:function|class|built-in function) '?(?:[\w<>]+\.)*<?(\w+)>?'?(?: at 0x[0-9a-f]+)?>", r'\1', repr(o))
+    return '' if ADDRESS.search(text) else text
+
 def shown_type(t):
     if t is inspect.Parameter.empty or t is None: return ''
     return f"`{t.__name__ if isinstance(t, type) else str(t).replace('typing.', '')}`"
@@ -80,9 +87,8 @@ def table(o, head='parameter') -> str:  # Markdown, empty if there is nothing to
     rows = []
     for name,d in told.items():
         if name in ('self','cls'): continue
-        default = '' if d.default is inspect.Parameter.empty or name=='return' else f'`{d.default!r}`'
-        if 'MISSING' in default or 'factory' in default: default = ''
-        if len(default)>60 or ' object at 0x' in default: default = ''
+        default = '' if d.default is inspect.Parameter.empty or name=='return' else shown_value(d.default)
+        default = f'`{default}`' if 0<len(default)<=58 and 'factory' not in default else ''
         if name=='return' and not (d.docment or d.anno not in (None, inspect.Parameter.empty)): continue
         rows.append(f"| {'returns' if name=='return' else f'`{name}`'} | {cell_text(shown_type(d.anno))} | {cell_text(default)} | {cell_text(d.docment or '')} |")
     return '\n'.join([f'| {head} | type | default | |', '|---|---|---|---|', *rows]) if rows else ''
@@ -105,8 +111,8 @@ def describe(module, name) -> str:  # MyST
                 out += ['', f'```{{py:method}} {n}{signature(f)}', own_doc(f), '', table(f), '```']
         return '\n'.join(out + ['````'])
     if callable(o): return '\n'.join([f'## {name}', f'````{{py:function}} {full}{signature(o)}', own_doc(o), '', table(o), '````'])
-    text = repr(o)
-    return '\n'.join([f'## {name}', f'````{{py:data}} {full}', f'`{text}`' if len(text)<300 else f'{type(o).__name__} of {len(o)}', '', constant(module, name), '````'])
+    text = shown_value(o)
+    return '\n'.join([f'## {name}', f'````{{py:data}} {full}', f'`{text}`' if 0<len(text)<300 else type(o).__name__ + (f' of {len(o)}' if hasattr(o, '__len__') else ''), '', constant(module, name), '````'])
 
 def constant(module, name) -> str:
     "The comment that stands behind a constant in its source."
@@ -206,6 +212,11 @@ def dead_links(site) -> list:  # sentences
             elif parts.fragment and target in pages and unquote(parts.fragment) not in pages[target].ids: found.append(f'{here}: {u}')
     return sorted(set(found))
 
+def addresses(site) -> list:  # sentences
+    "Pages that show a place in memory."
+    found = [(p.relative_to(site), ADDRESS.search(html.unescape(p.read_text(encoding='utf-8')))) for p in sorted(site.rglob('*.html'))]
+    return [f'{p} shows {m[0]}' for p,m in found if m]
+
 def undocumented(site) -> list:  # names
     "Public names without a place in the reference, or without a sentence."
     import sphinx.util.inventory as inventory
@@ -222,9 +233,9 @@ def main():
     failed = build_main(['-q', '-j', '2', '-W', '--keep-going', '-b', 'html', '-d', str(made.parent/'doctrees'), str(SOURCE), str(made)])
     shutil.rmtree(SITE, ignore_errors=True)
     made.rename(SITE)
-    dead,silent = dead_links(SITE),undocumented(SITE)
-    print(f'{len(list(SITE.rglob("*.html")))} pages in {SITE.name}/; dead links: {len(dead)}; undocumented public names: {len(silent)}')
-    for line in dead[:30]+silent[:30]: print('  ', line)
-    return failed or bool(dead) or bool(silent)
+    dead,silent,places = dead_links(SITE),undocumented(SITE),addresses(SITE)
+    print(f'{len(list(SITE.rglob("*.html")))} pages in {SITE.name}/; dead links: {len(dead)}; undocumented public names: {len(silent)}; addresses of memory: {len(places)}')
+    for line in dead[:30]+silent[:30]+places[:30]: print('  ', line)
+    return failed or bool(dead) or bool(silent) or bool(places)
 
 if __name__ == '__main__': sys.exit(main())

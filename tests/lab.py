@@ -3,11 +3,12 @@
     with lab(folder) as url, chromium() as open_page:
         nb = Notebook(open_page(), url, 'explorers.ipynb'); nb.run()
 """
-import hashlib, json, os, re, shutil, subprocess, sys, time, urllib.request
+import base64, hashlib, io, json, os, re, shutil, subprocess, sys, time, urllib.request
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-import nbformat
+import nbformat, numpy as np
+from PIL import Image
 from slurm_cluster import die_with_parent, free_ports
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -173,6 +174,10 @@ class Explorer:
     def picture(self):
         "A word for the picture, the same for the same one; '' where there is none."
         return hashlib.sha256(self.img.get_attribute('src').encode()).hexdigest()[:12] if self.img.is_visible() else ''
+    def pixels(self):
+        "The picture as `(H, W, 3)` bytes."
+        png = base64.b64decode(self.img.get_attribute('src').partition(',')[2])
+        return np.asarray(Image.open(io.BytesIO(png)).convert('RGB'))
     def told(self): return self.cell.locator('.mem-nb-told').inner_text()
     def shot(self, path): self.cell.scroll_into_view_if_needed(); self.cell.locator('.jp-Cell-outputArea').screenshot(path=path)
 

@@ -1,13 +1,13 @@
 """JupyterLab in a real browser: each explorer is moved and clicked, notebooks run. The pictures are kept in _proc/browser.
 
 A tenth of the notebooks runs each day; all of them: MEM_NB_BROWSER=all python -m pytest tests/test_browser.py"""
-import os
+import json, os
 from datetime import date
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-import nbformat, pytest
+import nbformat, numpy as np, pytest
 from conftest import TINY
 from lab import ERRORS, ROOT, Notebook, absent, chromium, copy_notebook, lab
 
@@ -22,41 +22,54 @@ EXPLORERS = dict(   # name -> what makes it; in a state in which each control ha
     reconstruction="explore_reconstruction(run)",
     codebook="explore_codebook(run, page=16)",
     attention="explore_attention(run)",
+    monitor="watch_training(run, 'runs/other', follow=200).set(step='pretrain')",
+    evaluation="browse_evaluation(run)",
+    segmentation="step_segmentation(series, np.roll(truth, 5, axis=2), truth, ['nothing','brighter','darker'])",
 )
 ALONE = {('reconstruction','weights')}   # a finished run has kept its final weights only
+LOOKS = {('monitor','look')}             # looks at the files again, which have not changed: another test lets them grow
 HEAD = """
 from pathlib import Path
-import numpy as np
+import numpy as np, torch
 from mem_nb.batches import batch_events
 from mem_nb.events import make_events
 from mem_nb.formats import read_events
 from mem_nb.frames import to_frames
 from mem_nb.event_widgets import explore_frames, explore_masks, explore_recording
 from mem_nb.model_widgets import explore_attention, explore_codebook, explore_reconstruction
+from mem_nb.run_widgets import browse_evaluation, step_segmentation, watch_training
 run,paths = Path('runs/small'),sorted(Path('digits').rglob('*.bin'))[:4]
 some = [read_events(p, size=(34,34)) for p in paths]
 e,n = some[0],400                                  # and a pixel that is broken
 hot = make_events(np.full(n, 3), np.full(n, 3), np.linspace(e['t'][0], e['t'][-1], n).astype(int), np.ones(n, bool))
 broken = np.sort(np.concatenate([e, hot]), order='t', kind='stable')
 frames = to_frames(batch_events(some, (34,34)), (224,224), gain=2.)
+series = torch.cat([frames, frames.flip(3)])
+up,down = series.numpy()[:,[0,-1]].swapaxes(0,1)
+truth = np.where(up>down, 1, np.where(down>up, 2, 0))
 """
+
+def log_line(k): return json.dumps(dict(step=3*k, steps=60, loss=3+2/k, lr=1e-3/k, images_s=500+9*k, step_seconds=.1)) + '\n'
 
 @pytest.fixture(scope='module')
 def root(tmp_path_factory):
     "The folder that JupyterLab serves."
     root = tmp_path_factory.mktemp('lab')
-    for folder in ('configs','tests'): (root/folder).symlink_to(ROOT/folder)
+    for folder in ('configs','tests','benchmarks'): (root/folder).symlink_to(ROOT/folder)
     return root
 
 @pytest.fixture(scope='module')
 def written(root):
     "In it, a run that was trained for seconds, and a notebook with one explorer a cell."
-    for module in ('event_widgets','model_widgets'): pytest.importorskip(f'mem_nb.{module}')
+    for module in ('event_widgets','model_widgets','run_widgets'): pytest.importorskip(f'mem_nb.{module}')
     from mem_nb.config import parse_config, save_config
+    from mem_nb.finetune import finetune
     from mem_nb.pretrain import pretrain
     from mem_nb.tokenizer import tokenizer
     cfg = parse_config(TINY, [f'runs_dir={root}/runs', f'data_path={root}/digits', 'expweek=', 'expname=small'])
-    tokenizer(cfg); pretrain(cfg); save_config(cfg, cfg.folder/'run.conf')
+    tokenizer(cfg); pretrain(cfg); finetune(cfg); save_config(cfg, cfg.folder/'run.conf')
+    (other := root/'runs'/'other'/'pretrain').mkdir(parents=True)
+    (other/'log.jsonl').write_text(''.join(map(log_line, range(1, 8))))
     cells = [nbformat.v4.new_code_cell(text) for text in (HEAD, *EXPLORERS.values())]
     kernel = dict(name='python3', display_name='python3', language='python')
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=kernel)), root/'explorers.ipynb')
@@ -91,6 +104,7 @@ def test_every_control_changes_the_picture_and_back(explorers, name):
     e.shot(SHOTS/f'{name}.png')
     unmoved = []
     for control in e.controls():
+        if (name,control.name) in LOOKS: continue
         start,first = control.value(),e.picture()
         moves = control.moves()
         assert moves or (name,control.name) in ALONE, f'{control.name} has one position only'
@@ -117,7 +131,54 @@ def test_a_click_on_the_picture_chooses_what_lies_there(explorers, name, control
     e.settled(quiet=1)
     assert e.after(lambda: e.click(.997, .997), 2) is None
 
-@pytest.mark.parametrize('name, control', [('recording','position'), ('masks','seed')])
+def test_a_click_on_a_cell_of_the_confusion_matrix_opens_its_recordings(explorers, root):
+    "A cell that holds recordings shows them, one that holds none shows none; the controls say which cell it is."
+    import torch
+    from mem_nb.run_widgets import browse_evaluation, finetuned
+    from mem_nb.config import load_config
+    from mem_nb.datasets import prepared
+    from mem_nb.finetune import load_classifier, predict
+    from mem_nb.store import EventStore
+    e,cfg = explorers['evaluation'],load_config(root/'runs/small/run.conf')
+    val,word = EventStore(prepared(cfg), 'val'),e.control('classifier').value()
+    said = torch.as_tensor(predict(load_classifier(cfg, len(val.classes), *finetuned(cfg)[word]), val, cfg.data)).argmax(1).numpy()
+    counts = np.zeros((len(val.classes),)*2, int); np.add.at(counts, (val.labels, said), 1)
+    where = {p[0]:p for p in browse_evaluation(root/'runs/small').picture()[1]}['confusion']
+    at = lambda: tuple(e.control(c).value() for c in ('true_class','said_class'))
+    def ink():      # coloured pixels of the right half, where the recordings are; its title is black, its ground white
+        rgb = e.pixels()[:,int(.5*e.pixels().shape[1]):].astype(int)
+        return int((rgb.max(2)-rgb.min(2)>60).sum())
+    full,empty = ([tuple(c) for c in np.argwhere(found)] for found in (counts>0, counts==0))
+    seen = set()
+    for cell in (full[-1], empty[-1], full[1]):
+        e.after(lambda: e.click(*share_of(where, cell[1], cell[0])))
+        assert at()==cell, f'a click on {cell} chose {at()}'
+        assert (ink()>200)==bool(counts[cell]), f'{counts[cell]} recordings in {cell}, {ink()} coloured pixels'
+        seen.add(e.picture())
+        e.shot(SHOTS/f'evaluation-cell-{cell[0]}-{cell[1]}.png')
+    assert len(seen)==3
+
+def share_of(place, x, y):
+    "The share of a picture's width and height at which a point of its axes lies."
+    _,left,bottom,width,height,(x0,x1),(y0,y1) = place
+    return left+width*(x-x0)/(x1-x0), 1-(bottom+height*(y-y0)/(y1-y0))
+
+def test_the_monitor_follows_a_log_that_grows(explorers, root):
+    "While it follows, each line that a run writes comes into the picture; a look at the same files changes nothing."
+    e,button = explorers['monitor'],explorers['monitor'].cell.locator('.widget-play button').first
+    before = e.picture()
+    button.click()
+    e.page.wait_for_timeout(1000)
+    assert e.picture()==before and e.control('look').value()>0
+    for k in range(8, 11):
+        with open(root/'runs'/'other'/'pretrain'/'log.jsonl', 'a') as f: f.write(log_line(k))
+        assert e._until(lambda: e.picture() not in ('',before), 20), f'line {k} was not seen'
+        before = e.picture()
+        e.shot(SHOTS/f'monitor-line-{k}.png')
+    button.click()
+    e.settled(quiet=2)
+
+@pytest.mark.parametrize('name, control', [('recording','position'), ('masks','seed'), ('segmentation','index')])
 def test_play_goes_on_until_it_is_paused(explorers, name, control):
     e = explorers[name]
     seen,values = set(),set()

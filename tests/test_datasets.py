@@ -8,6 +8,7 @@ from mem_nb.events import make_events
 from mem_nb.formats import write_bin, write_events
 from mem_nb.batches import batch_events
 from mem_nb.frames import histogram
+from mem_nb.pipeline import command
 from mem_nb.store import EventStore, read_manifest, read_sources
 
 def events(n=200, seed=0, size=(34,34), span=300_000):
@@ -235,3 +236,27 @@ def test_a_part_is_asked_for_by_its_number(digits, tmp_path):
     assert not folder.exists()
     assert prepare(parse_config(text))==folder and read_manifest(folder)['recordings']==60 and not folder.with_name(folder.name+'.parts').exists()
     with pytest.raises(ValueError, match='digits are simulated by one process'): prepare(parse_config(f'data_path = {tmp_path}/d\nruns_dir = {tmp_path}\nprepare_part = 1/2\ndata_set = digits'))
+
+def test_no_file_stays_away_in_silence(tmp_path, capsys):
+    fill(tmp_path/'raw', ['a/1.bin','a/2.bin','a/deep/3.bin','b/1.bin','b/2.bin','loose.bin'])
+    (tmp_path/'raw'/'a'/'4.evt').write_bytes(b'x'); (tmp_path/'raw'/'.hidden').write_bytes(b'x')
+    cfg = conf(tmp_path/'raw', tmp_path, 'folder'); assert read_manifest(prepare(cfg))['recordings']==4
+    told = capsys.readouterr().out
+    assert f"not read of the files below {tmp_path/'raw'}: 3, such as a/4.evt, a/deep/3.bin, loose.bin; read are .bin" in told
+    prepare(cfg); assert 'not read' not in capsys.readouterr().out                        # told once
+    prepare(conf(tmp_path/'raw', tmp_path, 'recordings')); assert ': 1, such as a/4.evt;' in capsys.readouterr().out
+    fill(tmp_path/'whole', ['a/1.bin','a/2.bin']); prepare(conf(tmp_path/'whole', tmp_path, 'folder')); assert 'not read' not in capsys.readouterr().out
+
+def test_the_reason_of_an_empty_class_is_its_own_not_that_of_a_longer_name(tmp_path):
+    fill(tmp_path/'raw', ['train/cat-old/1.bin','train/cat-old/2.bin','val/cat-old/1.bin','train/cat/1.bin'])
+    (tmp_path/'raw'/'train'/'cat'/'1.bin').write_bytes(b'<html>'); (tmp_path/'raw'/'train'/'cat-old'/'2.bin').write_bytes(b'')   # '-' sorts before '/'
+    with pytest.raises(ValueError, match="class 'cat' in train; the first reason: .*a web page"): prepare(conf(tmp_path/'raw', tmp_path, 'folder'))
+
+def test_prepare_needs_no_configuration_file(tmp_path, capsys):
+    fill(tmp_path/'raw', ['a.npy','b.npy'])
+    words = [f'data_path={tmp_path}/raw', 'data_set=recordings', f'runs_dir={tmp_path}/runs', 'prepare_workers=1']
+    command('prepare', words[0], words[1:])
+    assert '2 recordings' in capsys.readouterr().out and len(list((tmp_path/'runs'/'stores').glob('recordings-*')))==1
+    for step,conf in (('prepare',''), ('pretrain','')):
+        with pytest.raises(ValueError, match='wants a configuration file'): command(step, conf)
+    with pytest.raises(FileNotFoundError, match='no configuration file'): command('pretrain', words[0], words[1:])

@@ -220,3 +220,18 @@ def test_a_write_that_fails_leaves_no_file_of_that_name(tmp_path, monkeypatch):
     with pytest.raises(OSError): write_bin(tmp_path/'a.bin', random_events(8))
     with pytest.raises(OSError): write_bin(tmp_path/'b.bin', random_events(8))
     assert (tmp_path/'a.bin').read_bytes()==before and not (tmp_path/'b.bin').exists()
+
+@pytest.mark.parametrize('fortran', [False, True])
+def test_rows_that_are_cut_are_refused_and_a_window_before_the_cut_is_read(tmp_path, fortran):
+    e = random_events(500); rows = np.stack([e['x'],e['y'],e['t'],e['p']], 1)
+    np.save(tmp_path/'a.npy', np.asfortranarray(rows) if fortran else rows)
+    (tmp_path/'a.npy').write_bytes((tmp_path/'a.npy').read_bytes()[:-3])
+    said = refusal(tmp_path/'a.npy'); assert f'after {0 if fortran else 499} whole events' in said and 'promises' in said
+    if not fortran:
+        before = e[e['t']<e['t'][300]]
+        assert np.array_equal(read_events(tmp_path/'a.npy', 0, int(e['t'][300])), before) and np.array_equal(read_events(tmp_path/'a.npy', int(e['t'][100]), int(e['t'][300])), before[before['t']>=e['t'][100]])
+        with pytest.raises(EventFileError, match='promises'): read_events(tmp_path/'a.npy', int(e['t'][300]))
+
+def test_the_first_fault_is_told_whatever_its_column(tmp_path):
+    e = random_events(500); e['t'][200],e['x'][300] = -1,-5; np.save(tmp_path/'a.npy', e)
+    assert 'times run backwards at event 200' in refusal(tmp_path/'a.npy')

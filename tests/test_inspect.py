@@ -5,7 +5,7 @@ from hypothesis import given, settings, strategies as st
 from mem_nb.config import parse_config
 from mem_nb.datasets import prepare
 from mem_nb.events import make_events
-from mem_nb.formats import event_chunks, read_events, write_events
+from mem_nb.formats import EventFileError, read_events, write_events
 from mem_nb.inspect import Tally, hot_pixels, inspect, tally_facts
 from mem_nb.store import EventStore
 
@@ -42,34 +42,18 @@ def test_a_fault_is_told_with_what_came_before_it(tmp_path):
     e = events(100_000); e['t'][70_000] = 0
     np.save(tmp_path/'x.npy', e)
     found = inspect(tmp_path/'x.npy')
-    assert 'times run backwards at event 70000' in found.facts['FAULT'] and 'after 70,000 sound events' in found.facts['FAULT']
-    assert found.tally.n==70_000 and 'up to the fault' in found.facts['time order']
-
-@pytest.mark.parametrize('suffix,said', [('.bin','at byte'), ('.dat','at byte'), ('.raw','at byte'), ('.npy','at byte'), ('.txt','line 40001 is ')])
-def test_a_file_cut_within_a_record_is_counted_up_to_the_cut(tmp_path, suffix, said):
-    path,e = tmp_path/f'x{suffix}',events(90_000, span=8_000_000)
-    np.savetxt(path, np.stack([e[k] for k in 'txyp'], 1), fmt='%d') if suffix=='.txt' else write_events(path, e, (20,30))
-    raw = path.read_bytes()
-    at = dict(zip(('.bin','.dat','.raw','.npy'), (5,8,4,13)))
-    cut = sum(map(len, raw.splitlines(True)[:40_000]))+5 if suffix=='.txt' else len(raw)//at[suffix]//2*at[suffix] + len(raw)%at[suffix] + at[suffix]-1
-    path.write_bytes(raw[:cut])
-    found = inspect(path)
-    before = np.concatenate(list(sound(path)))
-    assert 30_000<len(before)<60_000 and np.array_equal(before, e[:len(before)])            # nothing before the cut is lost
-    assert found.tally.n==len(before) and f'after {len(before):,} sound events' in found.facts['FAULT'] and said in found.facts['FAULT']
-    assert np.array_equal(read_events(path, end_us=int(e['t'][9000])), e[:np.searchsorted(e['t'], e['t'][9000])])   # a window before the cut is whole
-    with pytest.raises(ValueError, match='x.'): read_events(path)
-
-def sound(path):
-    "The pieces of a recording up to its fault."
-    try: yield from event_chunks(path, 1000)
-    except ValueError: pass
+    assert 'times run backwards at event 70000' in found.facts['FAULT'] and 'sound events' in found.facts['FAULT']
 
 def test_an_hdf5_file_that_was_cut_is_told(tmp_path):
     pytest.importorskip('h5py')
     write_events(tmp_path/'x.h5', events(), (20,30))
     (tmp_path/'x.h5').write_bytes((tmp_path/'x.h5').read_bytes()[:-100])
     assert 'x.h5: cannot be read as hdf5' in inspect(tmp_path/'x.h5').facts['FAULT']
+
+def test_times_are_not_called_ascending_beyond_a_fault(tmp_path):
+    e = events(100); e['t'][70] = 0
+    np.save(tmp_path/'x.npy', e)
+    assert 'up to the fault' in inspect(tmp_path/'x.npy').facts['time order']
 
 def test_a_store_is_checked_whole(digits, tmp_path):
     folder = prepare(parse_config(f'data_path = {digits}\ndata_set = nmnist\nruns_dir = {tmp_path}'))
@@ -88,3 +72,24 @@ def test_the_command_prints_and_draws(tmp_path):
     for words,said in (((str(tmp_path/'no.bin'),), 'no such file'), ((str(tmp_path),), 'no packed store'), ((), 'wants a recording'), ((str(tmp_path/'x.bin'), 'pt_lr=1'), 'wants a recording')):
         done = run(*words)
         assert done.returncode!=0 and said in done.stderr and 'Traceback' not in done.stderr
+
+@pytest.mark.parametrize('kind', ['bin','dat','raw','npy','txt','back','outside'])
+def test_what_precedes_a_fault_is_counted_and_its_place_told(tmp_path, kind):
+    e,path = events(),tmp_path/f"x.{dict(back='npy', outside='npy').get(kind, kind)}"
+    if kind=='txt': np.savetxt(path, np.stack([e['t'],e['x'],e['y'],e['p']], 1), fmt='%d')
+    elif kind in ('back','outside'):
+        e[['t','x'][kind=='outside']][1500] = -1     # the column of one event
+        np.save(path, e)
+    else: write_events(path, e, (20,30))
+    if kind in ('bin','dat','raw','npy','txt'): path.write_bytes(path.read_bytes()[:dict(txt=-6).get(kind, -1)])
+    n,place = (1999, dict(txt='line 2000 is').get(kind, f"at byte {path.stat().st_size}" if kind=='npy' else 'at byte')) if kind not in ('back','outside') else (1500, 'at event 1500')
+    found = inspect(path, tmp_path/'x.png')
+    assert found.tally.n==n and found.facts['events']==f'{n:,}' and found.facts['FAULT'].startswith(f'after {n:,} sound events: ') and place in found.facts['FAULT']
+    assert (tmp_path/'x.png').exists()
+    with pytest.raises(EventFileError, match='x\\.'): read_events(path)
+    plt.close('all')
+
+def test_a_fault_at_the_first_event_leaves_nothing_to_draw(tmp_path):
+    e = events(5); e['x'][0] = -1; np.save(tmp_path/'x.npy', e)
+    found = inspect(tmp_path/'x.npy', tmp_path/'x.png')
+    assert found.tally is None and 'after 0 sound events' in found.facts['FAULT'] and not (tmp_path/'x.png').exists() and 'FAULT' in found._repr_html_()

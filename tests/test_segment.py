@@ -114,6 +114,13 @@ def test_dsec_windows_end_at_their_labels(here, tmp_path, classes, where):
     assert (train.store.events(0)['x']==inside['x']).all()
     assert train.batch([0]).frames(parse_config(CONF).data).shape==(1,3,58,96)
 
+def test_dsec_layout_of_another_camera(here, tmp_path):
+    "sensor_H and sensor_W hold for the labels of data_path; labels elsewhere, in seg_path, are of DSEC's own sensor."
+    for split in ('train','test'): dsec(tmp_path/split/'a', shifted(10**12), (64,96))
+    more = [f'data_path={tmp_path}', 'data_set=recordings', 'seg_layout=dsec', 'seg_classes=11', 'seg_rows=58', f'runs_dir={tmp_path}/runs']
+    assert LabelledSet(labelled(cfg_of(*more))).size==(58,96)
+    with pytest.raises(ValueError, match=r'its frame is \(58, 640\)'): labelled(cfg_of(*more, f'seg_path={tmp_path}'))
+
 def test_a_real_recording_in_dsec_layout(shared, tmp_path):
     found = [p for p in (shared/'recordings'/'prophesee_raw').glob('*evt2*.raw')]
     events = read_events(found[0])
@@ -412,3 +419,20 @@ def test_two_processes_count_and_weigh_as_one(tmp_path):
     env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
     done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', 'two.py'], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.stdout.count('as one')==2, done.stderr[-2000:]
+
+COMMAND = "import sys; from mem_nb.pipeline import command\nfor words in sys.argv[1:]: command('segment', 'x.conf', words.split())"
+
+def test_two_processes_and_a_model_shared_out_take_the_steps_of_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path('x.conf').write_text(CONF); Path('run.py').write_text(COMMAND)
+    words = 'seg_methods=scratch seg_steps=4 seg_norm=group seg_dropout=0 log_every=1'
+    command('segment', 'x.conf', f'{words} expname=one'.split())
+    env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', TQDM_DISABLE='1')
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', 'run.py', f'{words} expname=two',
+                           f'{words} expname=cut shard=1'], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode==0, done.stderr[-3000:]
+    logs = {n:read_log(next(Path('runs', n, 'segment').glob('*/final.json')).parent) for n in ('one','two','cut')}
+    for name in ('two','cut'):
+        for a,b in zip(logs['one'], logs[name], strict=True):
+            assert b['loss']==pytest.approx(a['loss'], rel=1e-4), (name, a['step'])
+        assert logs[name][-1]['val_miou']==pytest.approx(logs['one'][-1]['val_miou'], abs=1e-3)

@@ -59,26 +59,6 @@ def test_two_cameras_do_not_share_a_store(tmp_path):
         write_store([source('a', (34,34)), source('b', (180,240))], tmp_path/'store', workers=1)
     assert not (tmp_path/'store').exists() and not (tmp_path/'store.preparing').exists()
 
-def write(path, x, y, size=None):
-    write_events(path, make_events([1,x],[1,y],[0,9],[0,1]), size)
-    return Recording(path, 'c', 'train', path.name)
-
-@pytest.mark.parametrize('b,said', [(('b.dat',5,5,(180,240)), r'b.dat says .*180, 240\)'), (('b.bin',200,100), r'b.bin has events up to \(H, W\) = \(101, 201\)')])
-@pytest.mark.parametrize('part', [False,True])
-def test_two_cameras_are_noticed_before_anything_is_packed(tmp_path, monkeypatch, b, said, part):
-    sources = [write(tmp_path/'a.dat', 3, 3, (34,34)), write(tmp_path/b[0], *b[1:])]
-    monkeypatch.setattr(store, 'write_split', lambda *a: pytest.fail('it packs'))
-    with pytest.raises(ValueError, match=f'two sensors in one store: .*a.dat says .*34, 34.*{said}; prepare each camera'):
-        if part: write_part(sources, tmp_path/'store', 1, 1, 'x', None, None, None, workers=1)
-        else: write_store(sources, tmp_path/'store', workers=1)
-    assert not list(tmp_path.glob('store*'))
-
-def test_a_file_that_cannot_be_read_is_refused_and_no_second_camera(tmp_path):
-    (tmp_path/'b.dat').write_bytes(b'% Width 0\n% Height 0\n' + bytes([12,8]))
-    broken = Recording(tmp_path/'b.dat', 'c', 'train', 'b')
-    m = write_store([write(tmp_path/'a.dat', 3, 3, (34,34)), write(tmp_path/'c.bin', 30, 30), broken], tmp_path/'store', workers=1)
-    assert m['size']==[34,34] and m['recordings']==2 and 'b.dat' in m['refused'][0]['reason']
-
 def test_without_a_size_the_largest_coordinates_count(tmp_path):
     data = [(make_events([3,9],[1,2],[0,5],[1,0]), 0), (make_events([1],[7],[3],[1]), 0)]
     m = write_store([Sample(data, i, 'c', 'train') for i in range(2)], tmp_path/'store', workers=1)
@@ -166,3 +146,20 @@ def test_a_kill_while_parts_are_joined_costs_nothing(sources, folder, tmp_path, 
 def test_parts_of_other_recordings_are_not_joined(sources, tmp_path):
     for k in (1,2): write_part(sources, tmp_path/'apart', k, 2, 'other', (34,34), None, None, workers=1)
     with pytest.raises(ValueError, match='2 of 2 parts are not packed whole, or of other recordings'): write_store(sources, tmp_path/'apart', (34,34), workers=1)
+
+def test_two_sensors_are_an_error_before_packing_that_names_both_files(tmp_path, monkeypatch):
+    e,recs = make_events([1,2],[3,4],[0,5],[1,0]),[]
+    for name,sensor in (('a.dat',(240,304)), ('b.npy',None), ('c.raw',None), ('d.raw',(480,640)), ('e.h5',(240,304))):
+        write_events(tmp_path/name, e, sensor); recs.append(Recording(tmp_path/name, 'c', 'train', name))
+    packed = []
+    monkeypatch.setattr(store, 'write_split', lambda *a: packed.append(a))
+    for write in (lambda: write_store(recs, tmp_path/'store', workers=1), lambda: write_part(recs, tmp_path/'store', 1, 1, 'seen', None, None, None, workers=1)):
+        with pytest.raises(ValueError, match=r'two sensors in one store: \S*a\.dat says .*240, 304.* \S*d\.raw says .*480, 640.*; prepare each camera'): write()
+    assert not packed and not list(tmp_path.glob('store*'))
+    monkeypatch.undo()
+    (tmp_path/'d.raw').write_bytes(b'% evt 2.0\n% geometry 640x480\n')          # what cannot be read is refused, as ever; its header counts
+    with pytest.raises(ValueError, match='two sensors'): write_store(recs, tmp_path/'store', workers=1)
+    m = write_store([*recs[:3], recs[4]], tmp_path/'store', workers=1)
+    assert m['size']==[240,304] and m['recordings']==4
+    m = write_store(recs, tmp_path/'known', size=(240,304), workers=1)          # where the sensor is known, the file that disagrees is refused
+    assert m['recordings']==4 and 'd.raw' in m['refused'][0]['reason'] and '640' in m['refused'][0]['reason']
