@@ -71,12 +71,21 @@ def _header(source):
     try: return (raw_size if source.path.suffix.lower() in ('.dat','.raw') else recording_size)(source.path)      # of these, opened once
     except (ValueError, OSError, ImportError): return None
 
+def _extent(source):
+    "The sensor `(H, W)` that the first events of a file need; what cannot be read is told when it is packed."
+    try: return next((int(y.max())+1, int(x.max())+1) for x,y,_,_ in source.open()[1])
+    except (ValueError, OSError, ImportError, StopIteration): return 0,0
+
 def _check_headers(sources):
-    "ValueError, before anything is packed, where the headers of two files tell of two sensors."
-    first = {}
+    "ValueError, before anything is packed, where headers, or a header and the first events of a file without one, tell of two sensors."
+    first,silent = {},[]
     for s in sources:
         if size := _header(s): first.setdefault(size, s.where)
+        elif isinstance(s, Recording): silent.append(s)
         if len(first)>1: raise ValueError(_two_sensors(first))
+    for (h,w),where in first.items():
+        for s,(a,b) in ((s, _extent(s)) for s in silent):
+            if a>h or b>w: raise ValueError(f"two sensors in one store: {where} says (H, W) = {h,w}, {s.where} has events up to {a,b}; prepare each camera's recordings on their own")
 
 def _two_sensors(which):
     (a,x),(b,y),*_ = which.items()

@@ -59,6 +59,17 @@ def test_two_cameras_do_not_share_a_store(tmp_path):
         write_store([source('a', (34,34)), source('b', (180,240))], tmp_path/'store', workers=1)
     assert not (tmp_path/'store').exists() and not (tmp_path/'store.preparing').exists()
 
+def test_first_events_beyond_another_files_sensor_are_noticed_before_packing(tmp_path, monkeypatch):
+    def write(name, x, y, size=None):
+        write_events(tmp_path/name, make_events([1,x],[1,y],[0,9],[0,1]), size)
+        return Recording(tmp_path/name, 'c', 'train', name)
+    sources = [write('a.bin', 3, 3), write('b.bin', 200, 100), write('c.dat', 3, 3, (34,34)), Recording(tmp_path/'gone.bin', 'c', 'train', 'gone')]
+    assert write_store([sources[0],*sources[2:]], tmp_path/'sound', workers=1)['size']==[34,34]
+    monkeypatch.setattr(store, 'write_split', lambda *a: pytest.fail('it packs'))
+    with pytest.raises(ValueError, match=r'two sensors in one store: .*c.dat says \(H, W\) = \(34, 34\), .*b.bin has events up to \(101, 201\); prepare each'):
+        write_store(sources, tmp_path/'store', workers=1)
+    assert not list(tmp_path.glob('store*'))
+
 def test_without_a_size_the_largest_coordinates_count(tmp_path):
     data = [(make_events([3,9],[1,2],[0,5],[1,0]), 0), (make_events([1],[7],[3],[1]), 0)]
     m = write_store([Sample(data, i, 'c', 'train') for i in range(2)], tmp_path/'store', workers=1)
