@@ -2,7 +2,7 @@
 
 python benchmarks/soak.py --kills 100 --json benchmarks/soak.json
 
-A tiny run of all training steps (tokenizer, pretraining, finetuning with averaged weights) is started in a process group of its
+A tiny run of all training steps (tokenizer, pretraining, finetuning with averaged weights, segmentation) is started in a process group of its
 own, which is killed as a whole after a random time; the same command continues it, until it ends or is killed again. When it has
 ended, every step's weights are compared, and a new run begins, until so many kills have been made. Attempts are forks of this
 process, which has imported everything, so that a start is cheap.
@@ -14,11 +14,12 @@ import torch
 from common import machine, record, table, write
 from mem_nb.config import parse_config
 from mem_nb.datasets import prepared
+from mem_nb.labelled import labelled
 from mem_nb.pipeline import run_step
 from mem_nb.processes import launch
 from mem_nb.state import has_state, is_done, sound_state
 from mem_nb.train import Trainer
-import mem_nb.finetune, mem_nb.pretrain, mem_nb.tokenizer   # imported once, for all forks
+import mem_nb.finetune, mem_nb.pretrain, mem_nb.segment, mem_nb.tokenizer   # imported once, for all forks
 
 STEPS = ('tokenizer','pretrain','finetune')
 CONF = """
@@ -57,6 +58,34 @@ device = cpu
 expweek =
 """
 
+SCENES = """
+data_set = scenes
+num_scenes = 4
+window_us = 50000
+input_H = 64
+input_W = 96
+sensor_H = 64
+sensor_W = 96
+num_layers = 3
+transformer_emb = 24
+transformer_depth = 4
+transformer_heads = 2
+seg_methods = scratch
+seg_labels = 8
+seg_classes = 6
+seg_blocks = 1 2 3 4
+seg_width = 16
+seg_aux_width = 8
+seg_steps = 24
+seg_batch_size = 4
+seg_warmup_steps = 2
+seg_ema_decay = 0.9
+seg_save_ckpt_freq = 4
+log_every = 1
+device = cpu
+expname = scenes
+"""
+
 class Place:
     "Which folder the training is in, and how many of its steps are done: memory that outlives a kill."
     def __init__(self): self.memory = mmap.mmap(-1, 4096)
@@ -78,10 +107,13 @@ def follow(place):
 
 def configured(name, root): return parse_config(CONF, [f'expname={name}', f'runs_dir={root}/runs', f'data_path={root}/digits'])
 
+def scenes(name, root): return parse_config(SCENES, [f'expweek={name}', f'runs_dir={root}/runs', f'data_path={root}/scenes'])   # in the run's folder
+
 def steps(name, root):
     "All training steps of one run."
     torch.set_num_threads(1)
     for step in STEPS: run_step(configured(name, root), step)
+    run_step(scenes(name, root), 'segment')
 
 def begin(name, root, processes):
     "The run in a process group of its own; gives its id."
@@ -119,7 +151,7 @@ def lost(place):
     folder,step = place.read()
     if not folder: return 'start',0
     folder = Path(folder)
-    where = 'finetune' if folder.parent.name=='finetune' else folder.name
+    where = folder.parent.name if folder.parent.name in ('finetune','segment') else folder.name
     if is_done(folder): return f'after {where}',0
     file = folder/'last'/'state.pt'
     return where, step-(sound_state(file)['step'] if has_state(file) else 0)
@@ -136,7 +168,7 @@ def soak(
     "Kill and continue; raises RuntimeError where a run ends by itself with an error."
     chance,place,began = random.Random(seed),Place(),time.time()
     follow(place)
-    prepared(configured('whole', root))                    # simulated and packed once; the training is what is killed
+    prepared(configured('whole', root)); labelled(scenes('whole', root))    # simulated and packed once; the training is what is killed
     if wait(begin('whole', root, processes)): raise RuntimeError(f"the unbroken run failed: {(root/'log').read_text()[-2000:]}")
     start = time.time()
     if wait(begin('again', root, processes)): raise RuntimeError('the second run failed')

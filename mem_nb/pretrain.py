@@ -29,7 +29,7 @@ from .encoder import (config_encoder, encode_patches, from_patches, from_vit, lo
 from .masking import make_masks, patch_events
 from .probes import knn_signal
 from .targets import (TokenCache, check_fixed, commonest_share, contrast_loss, counted_mean, filled_patches, frozen_tokens, hidden_pixels, masked_accuracy,
-                            masked_loss, outcome, patch_scale, pixel_loss, projector)
+                            masked_loss, outcome, patch_scale, pixel_loss, projector, views_of_all)
 from .tokenizer import load_tokenizer, tokenizer_path
 from .state import load_weights, step_settings, weights_hash
 from .train import compile_model, cosine_schedule, fit, step_seed
@@ -60,10 +60,10 @@ class MaskedEventModel(nn.Module):
         return encode_patches(self.encoder, x)
 
     def forward(self, frames, mask, contrast=False, hidden=True):
-        "Logits `(mask.sum(), K)` of the hidden patches, frame after frame (None if not `hidden`); with `contrast` also vectors `(B, P)`."
+        "Logits `(mask.sum(), K)` of the hidden patches, frame after frame (None if not `hidden`); with `contrast` also vectors `(B, P)`, of all processes together."
         x = self.forward_features(frames, mask)[:,1:]
         logits = self.head(x[mask]) if hidden else None
-        return (logits, self.project(x[~mask].view(len(x), -1, x.shape[-1]).mean(1))) if contrast else logits
+        return (logits, self.project(views_of_all(x[~mask].view(len(x), -1, x.shape[-1]).mean(1)))) if contrast else logits
 
 # %% ../nbs/12_pretrain.ipynb #55c5ab6e
 class MaskedAutoencoder(nn.Module):
@@ -109,10 +109,10 @@ class MaskedAutoencoder(nn.Module):
     def forward_pixels(self, frames, mask): return self.paint(self.encode(frames, mask), mask)
 
     def forward(self, frames, mask, contrast=False, hidden=True):
-        "Pixels `(mask.sum(), patch*patch*C)` of the hidden patches (None if not `hidden`); with `contrast` also vectors `(B, P)`."
+        "Pixels `(mask.sum(), patch*patch*C)` of the hidden patches (None if not `hidden`); with `contrast` also vectors `(B, P)`, of all processes together."
         seen = self.encode(frames, mask)
         pixels = self.paint(seen, mask)[mask] if hidden else None
-        return (pixels, self.project(seen[:,1:].mean(1))) if contrast else pixels
+        return (pixels, self.project(views_of_all(seen[:,1:].mean(1)))) if contrast else pixels
 
 # %% ../nbs/12_pretrain.ipynb #dc037ebe
 @dataclass

@@ -11,6 +11,7 @@ __all__ = ['PHOTOMETRIC', 'pad_to', 'same_place', 'recolour_frames', 'training_p
 from dataclasses import dataclass, replace
 import numpy as np, torch, torch.nn.functional as F
 from torch import nn
+from torch.distributed.nn.functional import all_reduce
 from .config import Config, DataConfig, process_rank
 from .augment import COLOR, OPS, apply_ops
 from .recolour import loop_ops
@@ -101,12 +102,13 @@ def dice_loss(
     maps:torch.Tensor,    # `(B, H, W)`
     ignore:int=255,       # label that never counts
 ) -> torch.Tensor:        # scalar
-    "One minus the mean soft overlap of the classes that occur in the batch of this process."
+    "One minus the mean soft overlap of the classes that occur in the batch, of all processes together."
     valid = (maps!=ignore)[:,None]
     p = logits.float().softmax(1)*valid
     true = F.one_hot(maps.long().clamp(max=logits.shape[1]-1), logits.shape[1]).permute(0,3,1,2)*valid
-    both,size = (p*true).sum((0,2,3)),(p+true).sum((0,2,3))
-    there = true.sum((0,2,3))>0
+    sums = torch.stack([(p*true).sum((0,2,3)), (p+true).sum((0,2,3)), true.sum((0,2,3)).to(p)])
+    both,size,there = all_reduce(sums) if torch.distributed.is_initialized() else sums      # its gradient reaches all
+    there = there>0
     return ((1-2*both/size.clamp(min=1e-6))*there).sum()/there.sum().clamp(min=1)
 
 def pixel_loss(

@@ -33,6 +33,7 @@ def share_out(
     for part,root in ((model, loss), *([(ema.module,)*2] if ema else [])):
         for v in part.state_dict().values(): broadcast(v, 0)         # all begin with the weights of the first
         for m in (*blocks(part), root): fully_shard(m, mesh=mesh)
+        root._get_fsdp_state()._lazy_init()      # else a block takes itself for the root, where validation calls that first
     if ema: ema.foreach = False                                          # buffers are not cut, so not all its tensors are of one kind
     parted = dict(model.named_parameters())
     for g in optimizer.param_groups: g['params'] = [parted[names[p]] for p in g['params']]

@@ -96,7 +96,7 @@ def current(
     begun = (d for d in sorted((folder/todo[0]).glob('*')) if progress(d)['state']=='begun')
     where = next(begun, folder/todo[0]) if todo[0] in MANY else folder/todo[0]
     p = progress(where)
-    first = p['state']=='new' and steps[0]=='prepare' and len(todo)==len(steps)-1
+    first = p['quiet'] is None and p['state']=='new' and steps[0]=='prepare' and len(todo)==len(steps)-1     # an empty log: it has begun
     return 'prepare' if first else str(where.relative_to(folder)),p
 
 # %% ../nbs/17b_status.ipynb #b8d52587

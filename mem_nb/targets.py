@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['filled_patches', 'summed', 'counted_mean', 'frozen_tokens', 'masked_loss', 'masked_accuracy', 'commonest_share',
-           'TokenCache', 'check_fixed', 'patch_scale', 'hidden_pixels', 'pixel_loss', 'projector', 'contrast_loss',
-           'outcome']
+           'TokenCache', 'check_fixed', 'patch_scale', 'hidden_pixels', 'pixel_loss', 'projector', 'views_of_all',
+           'contrast_loss', 'outcome']
 
 # %% ../nbs/11b_targets.ipynb #e3675f5c
 from math import isqrt
 import torch, torch.distributed as dist, torch.nn.functional as F
 from torch import nn
+from torch.distributed.nn.functional import all_gather
 from .config import Config
 from .encoder import to_patches
 from .masking import patch_events
@@ -141,6 +142,16 @@ def projector(
 ) -> nn.Module:   # `(B, width)` -> `(B, out)`
     "What turns the mean of the visible patches into the vector of `contrast_loss` (SimCLR, arXiv 2002.05709)."
     return nn.Sequential(nn.Linear(width, 4*width), nn.BatchNorm1d(4*width), nn.ReLU(), nn.Linear(4*width, out))
+
+@torch.compiler.disable
+def _gathered(x): return torch.cat(all_gather(x.float().contiguous()))
+
+def views_of_all(
+    x:torch.Tensor,  # `(2B, D)` one row for each frame of this process: its first views, then its second ones
+) -> torch.Tensor:   # the same of all processes of a training step, all of which call this; gradients reach all of them
+    "Strangers are those of the whole batch, and so are the statistics of `projector`."
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size()==1: return x
+    return torch.cat([_gathered(v) for v in x.chunk(2)])
 
 def contrast_loss(
     first:torch.Tensor,    # `(B, P)` one view of each recording

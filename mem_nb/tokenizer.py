@@ -198,8 +198,9 @@ def tokenizer_loss(
     "Reconstruct, and keep the codes alive."
     reconstruction,terms = vae(frames, temperature, straight_through, generator, terms=True, own=own)
     recon,kl,usage = reconstruction_loss(reconstruction, frames, loss),terms['kl'],terms['usage']
-    used = torch.bincount(terms['codes'].flatten()).count_nonzero()
-    return recon + kl_weight*kl + usage_weight*usage, dict(recon=recon, kl=kl, usage=usage, codes_in_batch=used.float())
+    counts = torch.bincount(terms['codes'].flatten(), minlength=vae.num_tokens)
+    if own and own[1]!=len(frames): torch.distributed.all_reduce(counts)         # the others have the rest of the batch
+    return recon + kl_weight*kl + usage_weight*usage, dict(recon=recon, kl=kl, usage=usage, codes_in_batch=counts.count_nonzero().float())
 
 # %% ../nbs/09_tokenizer.ipynb #2d895228
 @torch.no_grad()

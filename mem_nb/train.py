@@ -112,10 +112,11 @@ def _start_wandb(acc, folder, run, settings, desc):
     acc.init_trackers('mem_nb', config=settings, init_kwargs={'wandb':dict(id=page, resume='allow', name=name, dir=str(folder))})
 
 def _save_media(acc, figures, folder, step):
-    "Keep the newest pictures as PNG, and send them to wandb."
+    "Keep the newest pictures as PNG, and send them to wandb; the first process does, all close them."
     import matplotlib.pyplot as plt
     for name,fig in figures.items():
-        with atomic(folder/'media'/f'{name}.png') as tmp: fig.savefig(tmp, format='png', dpi=110, bbox_inches='tight')
+        if acc.is_main_process:
+            with atomic(folder/'media'/f'{name}.png') as tmp: fig.savefig(tmp, format='png', dpi=110, bbox_inches='tight')
         for tracker in acc.trackers: tracker.log_images({name:[str(folder/'media'/f'{name}.png')]}, step=step)
         plt.close(fig)
 
@@ -212,7 +213,7 @@ class Trainer:
             if self.takes_part: finish(self.state, self.folder, self.metrics, self.settings)
             self.metrics = first_says(self.metrics, self.acc.num_processes>1)   # who also waits until all is written
             for tracker in self.acc.trackers: tracker.finish()           # the processes stay joined for the next step
-            if self._any(bool(self.asked)): raise Stopped(f"{self.desc}: finished, and asked to stop before what comes next. The same command continues")
+            if self._any(bool(self.asked))[0]: raise Stopped(f"{self.desc}: finished, and asked to stop before what comes next. The same command continues")
         return self.metrics
 
 # %% ../nbs/08b_train.ipynb #ad96b3a6
@@ -225,14 +226,14 @@ def _train(self:Trainer):
         try:
             while self.state.step < self.steps:
                 self._step(todo, bar)
-                if self._any(bool(self.asked)) and self.state.step < self.steps: self._stop()
+                if self.leave and self.state.step < self.steps: self._stop()
         except FloatingPointError as e: raise FloatingPointError(f"{e}. {self._way_on()}") from None
 
 @patch
-def _any(self:Trainer, here:bool) -> bool:
-    "Is it so in one of the processes?"
-    if self.acc.num_processes==1: return here
-    return bool(self.acc.reduce(torch.tensor(float(here), device=self.acc.device), 'sum'))
+def _any(self:Trainer, *here:bool) -> list:
+    "Is it so in one of the processes? An answer for each question, the same in all."
+    if self.acc.num_processes==1: return list(here)
+    return [x>0 for x in self.acc.reduce(torch.tensor(here, dtype=torch.float32, device=self.acc.device), 'sum').tolist()]
 
 @patch
 def _stop(self:Trainer):
@@ -259,7 +260,9 @@ def _start(self:Trainer):
     if has_state(self.file): self.state.load(self.file, self.settings, self.run.allow_changes)
     if self.state.step>=self.steps: raise ValueError(f"{self.file} is of step {self.state.step}, these settings end at {self.steps}; take another expname")
     self.acc.wait_for_everyone()                  # before the first of them changes the folder
-    if self.acc.is_main_process: rewind_log(self.folder, self.state.step)
+    if self.acc.is_main_process:
+        rewind_log(self.folder, self.state.step)
+        for left in [f for d in ('.','last','media') for f in (self.folder/d).glob('*.tmp')]: left.unlink()   # by a kill in the middle of a save
     if self.run.wandb and self.acc.is_main_process: _start_wandb(self.acc, self.folder, self.run, self.settings, self.desc)
     self.now = self.saved = self.drawn = self.told = time.time()
     self.kept = self.state.step   # step of the state on disk; 0: none
@@ -275,12 +278,13 @@ def _step(self:Trainer, todo, bar):
     last = state.step==self.steps
     due = last or (self.validate_every and state.step%self.validate_every==0)
     if due or state.step%self.run.log_every==0: self._report(lr, due, bar)
-    overdue = first_says(time.time()-self.saved > 60*self.run.save_minutes, self.parted)
+    self.leave,overdue = self._any(bool(self.asked), time.time()-self.saved > 60*self.run.save_minutes)
     if not last and (overdue or (self.save_every and state.step%self.save_every==0)): self._save()
 
 @patch
 def _save(self:Trainer):
-    "Save the whole state."
+    "Save the whole state, with what all processes have summed for the log."
+    if self.acc.num_processes>1: self.state.sums = _shared(self.acc, self.state.sums)
     if self.takes_part: self.state.save(self.file, self.settings)
     self.saved,self.kept = time.time(),self.state.step
 
@@ -311,11 +315,11 @@ def _report(self:Trainer, lr, validate, bar):
 @patch
 def _judge(self:Trainer):
     "Validate, and draw."
-    with opened(self.loss) if self.parted else nullcontext():
+    with opened(self.state.ema.module if self.state.ema else self.loss) if self.parted else nullcontext():
         if self.validate: self.metrics |= _validate(self.acc, self.state, self.validate)
         if not self.media or not first_says(self.state.step==self.steps or time.time()-self.drawn>60, self.parted): return   # drawing takes a second
         figures = self.media(self.state.averaged)
-    if self.acc.is_main_process: _save_media(self.acc, figures, self.folder, self.state.step)
+    _save_media(self.acc, figures, self.folder, self.state.step)
     self.drawn = time.time()
 
 PROGRESS_MINUTES = 1.  # between two lines where a bar would be noise, as in a job's log
@@ -334,7 +338,7 @@ def progress_line(
 
 def _shared(acc, sums):
     "Means over the processes, of what each has summed."
-    names = sorted(sums)
+    if not (names := sorted(sums)): return sums
     mean = acc.reduce(torch.tensor([float(sums[k]) for k in names], dtype=torch.float64, device=acc.device), 'mean').tolist()
     return dict(zip(names, mean))
 

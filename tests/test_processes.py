@@ -49,8 +49,9 @@ expweek =
 CASES = {'tokens':('pretrain', []), 'random':('pretrain', ['masking=random']), 'event':('pretrain', ['masking=event']),
          'informative':('pretrain', ['pt_informative=1.2', 'masking=random']), 'mae':('pretrain', ['mae=1']),
          'mae_informative':('pretrain', ['mae=1', 'pt_norm_pix=1', 'pt_informative=1']),
-         'finetune':('finetune', []), 'held_out':('finetune', ['class_keep=held_out']), 'tokenizer':('tokenizer', [])}
-SHARDED = ('tokens','mae','finetune','held_out','tokenizer')    # also with the model shared out
+         'contrast':('pretrain', ['mae=1', 'pt_contrast=.5']), 'finetune':('finetune', []),
+         'held_out':('finetune', ['class_keep=held_out']), 'tokenizer':('tokenizer', [])}
+SHARDED = ('tokens','mae','contrast','finetune','held_out','tokenizer')    # also with the model shared out
 WORDS = "import sys; sys.path.insert(0, sys.argv[1])\nfrom test_processes import main; main(*sys.argv[2:])"
 
 def words(name, settings):
@@ -73,6 +74,32 @@ def at_step(number, do, rank=None):
         if state.step==number and rank in (None, process_rank()[0]): do()
         return original(acc, state, *args)
     train.train_step = train_step
+
+def sparse(folder, dies=None):
+    "A line of the log every ten steps, a state every four; each process has its own batches."
+    import signal
+    from mem_nb.config import RunConfig, process_rank
+    from mem_nb.train import fit
+    from test_train import Points, loss_fn
+    torch.set_num_threads(1); torch.manual_seed(0)
+    model,draw = torch.nn.Linear(4, 1),lambda k: Points(torch.randn(8, 4, generator=torch.Generator().manual_seed(2*k+process_rank()[0])))
+    if dies: at_step(dies, lambda: os.kill(os.getpid(), signal.SIGKILL), 1)
+    fit(model, loss_fn, lambda start,stop: map(draw, range(start, stop)), 20, folder, torch.optim.AdamW(model.parameters()), lambda k: 1e-2,
+        RunConfig(device='cpu', precision='fp32', log_every=10), save_every=4)
+
+def averaged():
+    "A model that is averaged and shared out, validated by its methods rather than by a call."
+    from mem_nb.config import RunConfig
+    from mem_nb.encoder import build_encoder
+    from mem_nb.train import fit
+    from test_train import Points
+    torch.manual_seed(0)
+    model,frames = build_encoder((16,16), 8, width=24, depth=2, heads=2, shared_bias=False, num_classes=2),torch.rand(4, 3, 16, 16)
+    def validate(m):
+        whole = m.forward_head(m.forward_features(frames))
+        return dict(first=whole.mean(), again=m(frames).mean(), numbers=sum(p.numel() for p in m.patch_embed.parameters()))
+    fit(model, lambda m, batch, step, generator: (m(batch.x).square().mean(), {}), lambda start,stop: (Points(frames) for _ in range(start, stop)), 4, 'averaged',
+        torch.optim.AdamW(model.parameters()), lambda k: 1e-2, RunConfig(device='cpu', precision='fp32', shard=True, log_every=1), ema_decay=.5, validate=validate, validate_every=1)
 
 def scenes(out):
     "Forks of one process, which has all imports: each scene breaks a run and continues it."
@@ -102,6 +129,10 @@ def scenes(out):
     told['error'] = run('error', 3, grumble, 1)
     with locked(Path('runs/held/pretrain'), 'training in'): told['held'] = run('held')
     told['held_pid'] = os.getpid()
+    launch(sparse, 2, 'calm'); launch(averaged, 2)
+    try: launch(sparse, 2, 'sparse', 9)
+    except RuntimeError: told['sparse'] = read_state('sparse/last/state.pt')['step']
+    launch(sparse, 2, 'sparse')
     told['odd'] = run('odd', settings=['pt_batch_size=15'])
     Path(out).write_text(json.dumps(told))
 
@@ -151,7 +182,7 @@ def final(folder, name): return (folder/'runs'/name/'pretrain'/'final.safetensor
 def test_two_processes_take_the_steps_of_one(folder, name):
     one,two = (log_of(folder, f'{n}_{name}') for n in ('one','two'))
     assert len(one)==len(two)>=3
-    kept = [k for k in one[-1] if k in ('loss','grad_norm','accuracy') or k.startswith(('val_','masked_','commonest'))]
+    kept = [k for k in one[-1] if k in ('loss','grad_norm','accuracy','contrast','partner') or k.startswith(('val_','masked_','commonest'))]
     assert {'loss','grad_norm'} < set(kept) and any(k.startswith('val_') for k in kept)
     for a,b in zip(one, two):
         for k in set(kept) & a.keys(): assert b[k]==pytest.approx(a[k], rel=1e-5 if k=='loss' else 1e-4, abs=1e-7), (a['step'], k)
@@ -159,7 +190,7 @@ def test_two_processes_take_the_steps_of_one(folder, name):
 def test_two_processes_take_the_steps_of_one_in_the_tokenizer(folder):
     one,two = (log_of(folder, f'{n}_tokenizer') for n in ('one','two'))
     for a,b in zip(one, two):
-        for k in ('loss','recon','usage','grad_norm'): assert b[k]==pytest.approx(a[k], rel=1e-5 if k=='loss' else 1e-4), (a['step'], k)
+        for k in ('loss','recon','usage','grad_norm','codes_in_batch'): assert b[k]==pytest.approx(a[k], rel=1e-5 if k=='loss' else 1e-4), (a['step'], k)
 
 @pytest.mark.parametrize('name', SHARDED)
 def test_a_model_shared_out_takes_the_same_steps_and_leaves_whole_files(folder, name):
@@ -188,6 +219,19 @@ def test_kill_9_of_one_process_ends_both_and_the_same_command_continues(folder, 
     assert 'process 1 of 2' in told['killed']['error'] and 'SIGKILL' in told['killed']['error']
     assert told['killed']['step']==8       # saved every four steps
     assert final(folder, 'killed')==final(folder, 'two_tokens')
+
+def test_the_log_of_a_killed_run_is_that_of_an_unbroken_one(folder, told):
+    "What was summed since the last line is part of the state: of both processes, not of the first alone."
+    assert told['sparse']==8
+    calm,sparse = ([json.loads(l) for l in (folder/n/'log.jsonl').read_text().splitlines()] for n in ('calm','sparse'))
+    assert [r['step'] for r in sparse]==[10,20]
+    clocks = {'images_s','step_seconds','seconds'}
+    for a,b in zip(calm, sparse, strict=True): assert {k:v for k,v in a.items() if k not in clocks}=={k:v for k,v in b.items() if k not in clocks}
+
+def test_an_averaged_model_that_is_shared_out_can_be_validated_by_its_methods(folder, told):
+    lines = [json.loads(l) for l in (folder/'averaged'/'log.jsonl').read_text().splitlines()]
+    assert len(lines)==4 and len({r['val_first'] for r in lines})==4
+    for r in lines: assert r['val_first']==r['val_again'] and r['val_numbers']==24*3*64+24
 
 def test_a_signal_to_all_or_to_one_loses_nothing_and_a_damaged_state_is_replaced(folder, told):
     assert told['usr1']['step']==6 and 'asked to stop at step 6 of 15; saved in' in told['usr1']['error']

@@ -399,7 +399,7 @@ def test_edges_by_plain_counting():
 TWO = """
 import torch, torch.distributed as dist
 from mem_nb.overlap import SegmentationScore
-from mem_nb.segment import pixel_loss
+from mem_nb.segment import dice_loss, pixel_loss
 dist.init_process_group('gloo')
 g = torch.Generator().manual_seed(0)
 true,said = (torch.randint(0, 4, (6,20,30), generator=g) for _ in range(2)); true[:4,:15] = 255
@@ -411,6 +411,11 @@ for k,v in score.compute().items(): assert torch.allclose(v, whole.compute()[k])
 part = pixel_loss(logits[own], true[own], weights=torch.tensor([1.,2,3,4]))
 dist.all_reduce(part); want = torch.nn.functional.cross_entropy(logits, true, torch.tensor([1.,2,3,4]), ignore_index=255)
 assert torch.allclose(part/2, want, atol=1e-6), (part/2, want)
+x = logits.clone().requires_grad_(True)
+dice = dice_loss(x[own], true[own]); dice.backward(); dist.all_reduce(x.grad)      # what DDP does, which also divides
+p,t = logits.double().requires_grad_(True),torch.nn.functional.one_hot(true.clamp(max=3), 4).permute(0,3,1,2)*(true!=255)[:,None]
+q = p.softmax(1)*(true!=255)[:,None]; want = (1-2*(q*t).sum((0,2,3))/(q+t).sum((0,2,3))).mean(); want.backward()
+assert torch.allclose(dice.double(), want, atol=1e-6) and torch.allclose(x.grad.double()/2, p.grad, atol=1e-7), (dice, want)
 print('as one')
 """
 

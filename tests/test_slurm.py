@@ -8,7 +8,7 @@ from mem_nb.config import Stopped, parse_config
 from mem_nb.datasets import prepared, store_path
 from mem_nb.pipeline import command, watch
 from mem_nb.slurm import job_options, job_states, live_jobs, noted_jobs, submit_chain, submit_parts, submit_step, write_job
-from mem_nb.status import run_status
+from mem_nb.status import current, run_status
 from mem_nb.sweep import elements, submit_sweep
 
 HERE = Path(__file__).parent
@@ -72,6 +72,11 @@ def test_a_failed_step_leaves_its_last_words(tmp_path):
     with pytest.raises(OSError): command('prepare', str(tmp_path/'x.conf'))
     status = run_status(tmp_path/'run', ['prepare','tokenizer'])
     assert status['state']=='failed' and 'nowhere' in status['why']
+
+def test_a_training_that_has_begun_and_not_logged_is_not_taken_for_packing(tmp_path):
+    assert current(tmp_path, ['prepare','pretrain'])[0]=='prepare'
+    (tmp_path/'pretrain').mkdir(); (tmp_path/'pretrain'/'log.jsonl').touch()          # as `fit` does at its start
+    assert current(tmp_path, ['prepare','pretrain'])[0]=='pretrain'
 
 # ---- with one
 @pytest.fixture(scope='session')

@@ -126,6 +126,13 @@ def test_atomic_leaves_nothing_half_written(tmp_path):
         with atomic(tmp_path/'a') as tmp: tmp.write_text('half'); raise RuntimeError
     assert (tmp_path/'a').read_text()=='old' and [p.name for p in tmp_path.iterdir()]==['a']
 
+def test_what_a_kill_left_half_written_is_removed_by_the_next_session(tmp_path):
+    left = [tmp_path/'last'/'state.pt.123.tmp', tmp_path/'best.safetensors.123.tmp']
+    (tmp_path/'last').mkdir()
+    for f in left: f.write_text('half')
+    train(tmp_path, steps=8)
+    assert not list(tmp_path.rglob('*.tmp')) and (tmp_path/'final.safetensors').is_file()
+
 def test_weights_name_what_does_not_fit(tmp_path):
     save_weights(nn.Linear(2,3), tmp_path/'w.safetensors')
     with pytest.raises(ValueError, match='missing: 0.bias, 0.weight; extra: bias, weight'): load_weights(nn.Sequential(nn.Linear(2,3)), tmp_path/'w.safetensors')
