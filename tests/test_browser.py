@@ -186,7 +186,7 @@ def test_play_goes_on_until_it_is_paused(explorers, name, control):
     button.click()
     for _ in range(400):
         seen.add(e.picture()); values.add(e.control(control).value())
-        if len(seen)>3: break
+        if len(seen)>3 and len(values)>1: break        # the slider may be told a little after the picture
         e.page.wait_for_timeout(50)
     button.click()
     assert len(seen)>3 and len(values)>1             # the last value may be the first again: playing goes round
