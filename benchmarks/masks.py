@@ -2,8 +2,9 @@
 
 OMP_NUM_THREADS=1 python benchmarks/masks.py --data <folder with Train/<digit>/<id>.bin> --json benchmarks/masks.json
 
-Each of three seeds decides everything: tokenizer, weights, masks, the draw of the labels. Frames, encoder, number of hidden patches are those of
-configs/nmnist_tokens.conf in every arm; steps are three tenths of its, since there are twelve pretrainings. Stop it at any moment; the same command goes on, and the records hold what is finished. Nothing is tuned here.
+Each of three seeds decides everything: tokenizer, weights, masks, the draw of the labels. Frames, encoder and number of hidden patches are those of
+configs/nmnist_tokens.conf in every arm; steps are three tenths of its, since there are twelve pretrainings. Stop it at any moment; the same
+command goes on, and the records hold what is finished. Nothing is tuned here.
 """
 import argparse, json
 from pathlib import Path
@@ -21,7 +22,6 @@ from mem_nb.tokenizer import tokenizer
 CONF = Path(__file__).parents[1]/'configs/nmnist_tokens.conf'
 ARMS = {'tokens, random masks':['masking=random'], 'tokens, block masks':['masking=block'], 'tokens, event-aware masks':['masking=event'],
         'pixels (MAE), random masks':['masking=random', 'mae=1']}
-
 STEPS = ['pt_epochs=300', 'pt_warmup_steps=60']
 
 def config_of(arm, seed, args):

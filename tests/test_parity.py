@@ -56,20 +56,22 @@ def test_logits_of_hidden_and_all_patches_and_features(begun):
         near(tokens, z['features'])
         near(m.head(tokens[:,1:]), z['logits_all'])
 
-def test_three_training_steps(begun):
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_three_training_steps(begun, dtype):
+    "All weights to 1e-5 where our own rounding is out of the way; in fp32 loss and norm, and the weights but for what Adam makes of rounding."
     m,z = begun
-    optimizer = pretrain_optimizer(m.train(), 1e-3, .05)
+    optimizer = pretrain_optimizer(m.to(dtype).train(), 1e-3, .05)
     tokens = torch.zeros_like(z['mask'], dtype=torch.long).masked_scatter(z['mask'], z['targets'])
     for want_loss,want_norm in zip(z['train_losses'], z['train_gradnorms']):
-        loss = masked_loss(m(z['x'], z['mask']), tokens, z['mask'])
+        loss = masked_loss(m(z['x'].to(dtype), z['mask']), tokens, z['mask'])
         optimizer.zero_grad(); loss.backward()
-        near(loss.detach(), want_loss)
-        near(torch.nn.utils.clip_grad_norm_(m.parameters(), 1.), want_norm)
+        near(loss.detach().float(), want_loss)
+        near(torch.nn.utils.clip_grad_norm_(m.parameters(), 1.).float(), want_norm)
         optimizer.step()
     after,want = m.state_dict(),ours(part(z, 'after3/'))
     apart = torch.cat([(after[k]-want[k]).abs().flatten().double() for k in want])
-    # Adam divides by the gradient's size, so where that is next to nothing a processor's own rounding is seen (one weight of AVX-512: 1.1e-5)
-    assert apart.max()<5e-5 and (apart>1e-5).sum()<=5, apart.max()
+    # Adam divides by the gradient's size: where that is next to nothing, the rounding of a processor shows (with AVX-512 one weight is 1.14e-5 off)
+    assert apart.max()<(1e-5 if dtype==torch.float64 else 2e-5) and (apart>1e-5).sum()<=1, apart.max()
 
 # ---- masked autoencoder
 @pytest.fixture
