@@ -17,7 +17,7 @@ from pathlib import Path
 import torch, torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from common import machine, record, table, write
-from mem_nb.train import compile_model, written_out_attention
+from mem_nb.speed import compile_model, keep_memory, written_out_attention
 
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 STEPS = ('vae','tokens','mem','mae','finetune')
@@ -135,6 +135,7 @@ def finetune_step(batch, device, plain):
 def measure(name, batch, device, dtype, plain, repeats, compiled=False, clock=time.perf_counter):
     "In a process of its own: seconds a step, FLOPs, ceilings, memory."
     if device=='cuda': torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False   # fp32 is fp32
+    if device=='cpu' and not plain: keep_memory()                     # as the training loop does
     torch.manual_seed(0)
     loss,update = globals()[f'{name}_step'](batch, device, plain)
     if update and device=='cpu' and dtype=='bf16': written_out_attention(update.model)       # as the training loop does
@@ -145,7 +146,7 @@ def measure(name, batch, device, dtype, plain, repeats, compiled=False, clock=ti
     def step():
         with torch.set_grad_enabled(update is not None), precision(): value = loss()
         if update: value.backward(); update()
-    for _ in range(2): step()                                         # the optimiser has its moments
+    for _ in range(2 if plain else 5): step()                         # the optimiser has its moments, the heap its size
     gb,flops = peak_gb(device),count(loss, precision, update) if not compiled else None
     limits = ceilings(batch, device, kind)
     found = {k:[] for k in ('step', *limits)}

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['SCALE_FLOOR', 'PROGRESS_MINUTES', 'SHOWN', 'step_seed', 'step_generator', 'cosine_schedule', 'pick_device',
-           'cpu_has_bf16', 'compile_model', 'written_out_attention', 'make_accelerator', 'check_finite', 'train_step',
-           'listening', 'Loss', 'Trainer', 'progress_line', 'fit', 'NOT_OF_THE_RESULT', 'TrainingState', 'atomic',
-           'check_settings', 'final_metrics', 'is_done', 'load_weights', 'read_log', 'save_weights', 'step_settings',
-           'weights_hash', 'write_json']
+           'make_accelerator', 'check_finite', 'train_step', 'listening', 'Loss', 'Trainer', 'progress_line', 'fit',
+           'NOT_OF_THE_RESULT', 'TrainingState', 'atomic', 'compile_model', 'cpu_has_bf16', 'check_settings',
+           'final_metrics', 'is_done', 'load_weights', 'read_log', 'save_weights', 'step_settings', 'weights_hash',
+           'written_out_attention', 'write_json']
 
 # %% ../nbs/08b_train.ipynb #e2f1dfd0
-import hashlib, os, shutil, time
+import hashlib, os, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -25,13 +25,14 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from tqdm.auto import tqdm
 from .config import RunConfig, Stopped, on_signals, process_rank
+from .speed import compile_model, cpu_has_bf16, keep_memory, written_out_attention
 from .shard import first_says, opened, share_out
 from .store import locked
 from .state import (NOT_OF_THE_RESULT, TrainingState, append_log, atomic, check_settings, final_metrics, finish, has_state, is_done,
                           load_weights, put_together, read_log, rewind_log, save_weights, step_settings, weights_hash, write_json)
 
-_all_ = ['NOT_OF_THE_RESULT','TrainingState','atomic','check_settings','final_metrics','is_done','load_weights','read_log',
-         'save_weights','step_settings','weights_hash','write_json']
+_all_ = ['NOT_OF_THE_RESULT','TrainingState','atomic','compile_model','cpu_has_bf16','check_settings','final_metrics','is_done','load_weights','read_log',
+         'save_weights','step_settings','weights_hash','written_out_attention','write_json']
 
 # %% ../nbs/08b_train.ipynb #1751b792
 def step_seed(*numbers:int) -> int:
@@ -68,34 +69,12 @@ def pick_device(device:str='auto') -> torch.device:
     if device=='cuda' and not has: raise ValueError("device = cuda, but torch sees no GPU; use device = auto or cpu")
     return torch.device('cuda' if has and device!='cpu' else 'cpu')
 
-def cpu_has_bf16() -> bool:
-    "Whether this processor multiplies bf16 by itself; elsewhere it is emulated, and far slower than fp32."
-    known = [getattr(torch.cpu, f'_is_{name}_supported', None) for name in ('avx512_bf16','amx_tile')]
-    return any(f() for f in known if f)
-
-def compile_model(
-    model:nn.Module,  # compiled in place; names of its weights stay
-) -> bool:            # whether it will be compiled
-    "`torch.compile` at the first step; where there is no C compiler, say so and leave the model as it is."
-    if not any(shutil.which(c) for c in (os.environ.get('CXX') or 'c++','g++','clang++','cl')):
-        print("compile = 1, but no C compiler is found: training goes on without. Install g++, or set CXX to one"); return False
-    torch._dynamo.config.suppress_errors = True   # what cannot be compiled runs as it stands
-    model.compile()
-    if hasattr(model, 'tokens'): model.tokens = torch.compile(model.tokens)   # a tokenizer's other way to be called
-    return True
-
-def written_out_attention(
-    model:nn.Module,  # changed in place
-):
-    "For bf16 on a processor: torch's fused attention takes 1.4 to 2.5 times as long there as its five operations one by one."
-    for m in model.modules():
-        if hasattr(m, 'fused_attn'): m.fused_attn = False
-
 def make_accelerator(
     run:RunConfig,   # device, precision, wandb
 ) -> Accelerator:
     "An accelerator for this device and precision."
     cpu = pick_device(run.device).type=='cpu'
+    if cpu: keep_memory()
     auto = 'bf16' if (cpu_has_bf16() if cpu else torch.cuda.is_bf16_supported()) else 'no'
     precision = {'auto':auto, 'fp32':'no'}.get(run.precision, run.precision)
     if AcceleratorState._shared_state: AcceleratorState._reset_state(PartialState().num_processes==1)  # precision may differ from step to step
