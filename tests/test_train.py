@@ -233,7 +233,7 @@ def test_without_a_compiler_training_goes_on(monkeypatch, capsys):
     assert not compile_model(model) and 'no C compiler' in capsys.readouterr().out and model._compiled_call_impl is None
 
 def test_a_compiled_model_keeps_the_names_of_its_weights(monkeypatch):
-    monkeypatch.setattr('mem_nb.train.shutil.which', lambda name: name)   # compiling itself waits for the first call
+    monkeypatch.setattr('mem_nb.speed.shutil.which', lambda name: name)   # compiling itself waits for the first call
     model = nn.Linear(2, 2)
     names = list(model.state_dict())
     assert compile_model(model) and list(model.state_dict())==names and model._compiled_call_impl is not None
@@ -258,3 +258,19 @@ def test_changed_settings_go_on_where_that_is_allowed(tmp_path, capsys):
     assert json.loads((tmp_path/'a'/'final.json').read_text())['settings']=={'pt_weight_decay':.5}
     train(tmp_path/'a', decay=.1, allow=True)                                              # finished: stays as it is
     assert 'what is finished stays' in capsys.readouterr().out
+
+def test_kept_memory_changes_no_number_and_spares_page_faults():
+    import platform, subprocess, sys
+    if platform.libc_ver()[0]!='glibc': pytest.skip('keep_memory is for glibc')
+    child = """if 1:
+        import json, resource, sys, torch
+        from mem_nb.speed import keep_memory
+        if sys.argv[1]=='1': assert keep_memory()
+        torch.set_num_threads(1); torch.manual_seed(0)
+        layer,x,faults = torch.nn.Linear(64, 2048),torch.randn(1024, 64),lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for k in range(30):
+            if k==10: before = faults()
+            layer.zero_grad(); torch.nn.functional.gelu(layer(x)).square().mean().backward()
+        print(json.dumps([faults()-before, layer.weight.grad.sum().item()]))"""
+    given,kept = (json.loads(subprocess.run([sys.executable, '-c', child, flag], capture_output=True, text=True, check=True).stdout) for flag in '01')
+    assert kept[1]==given[1] and kept[0] < given[0]/2
