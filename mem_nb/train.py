@@ -99,7 +99,7 @@ def make_accelerator(
     auto = 'bf16' if (cpu_has_bf16() if cpu else torch.cuda.is_bf16_supported()) else 'no'
     precision = {'auto':auto, 'fp32':'no'}.get(run.precision, run.precision)
     if AcceleratorState._shared_state: AcceleratorState._reset_state(PartialState().num_processes==1)  # precision may differ from step to step
-    patient = InitProcessGroupKwargs(timeout=timedelta(hours=3))      # the others wait while the first validates
+    patient = InitProcessGroupKwargs(timeout=timedelta(hours=3))      # the others wait while the first packs or draws
     return Accelerator(cpu=cpu, mixed_precision=precision, log_with='wandb' if run.wandb else None, kwargs_handlers=[patient])
 
 # %% ../nbs/08b_train.ipynb #1df2f857
@@ -195,7 +195,7 @@ class Trainer:
     accumulate:int=1      # batches an update
     grad_clip:float=0.    # largest gradient norm; 0: none
     ema_decay:float=0.    # of averaged weights, which then are the final ones; 0: none
-    validate:object=None  # model -> {name: float}, logged with `val_` before it
+    validate:object=None  # model -> {name: float}, logged with `val_` before it; all processes call it
     validate_every:int=0  # steps; the last step always
     save_every:int=0      # steps between two saved states, beside run.save_minutes
     media:object=None     # model -> {name: Figure}, drawn after a validation, once a minute at most, and at the end
@@ -301,7 +301,7 @@ def _report(self:Trainer, lr, validate, bar):
     "Write a line of the log; validate and draw first where that is due."
     if self.acc.num_processes>1: self.state.sums = _shared(self.acc, self.state.sums)
     self.metrics = dict(self.state.means(), lr=lr)
-    if self.takes_part and validate: self._judge()
+    if validate: self._judge()
     if self.acc.is_main_process:
         append_log(self.folder, dict(self.metrics, steps=self.steps))   # so that one can tell how far it is
         self.acc.log({k:v for k,v in self.metrics.items() if k!='step'}, step=self.state.step)
@@ -314,10 +314,10 @@ def _report(self:Trainer, lr, validate, bar):
 
 @patch
 def _judge(self:Trainer):
-    "Validate, and draw."
+    "Validate, all processes together, and draw."
     with opened(self.state.ema.module if self.state.ema else self.loss) if self.parted else nullcontext():
         if self.validate: self.metrics |= _validate(self.acc, self.state, self.validate)
-        if not self.media or not first_says(self.state.step==self.steps or time.time()-self.drawn>60, self.parted): return   # drawing takes a second
+        if not self.media or not self.takes_part or not first_says(self.state.step==self.steps or time.time()-self.drawn>60, self.parted): return   # drawing takes a second
         figures = self.media(self.state.averaged)
     _save_media(self.acc, figures, self.folder, self.state.step)
     self.drawn = time.time()
@@ -343,10 +343,12 @@ def _shared(acc, sums):
     return dict(zip(names, mean))
 
 def _validate(acc, state, validate):
-    "Run `validate` on the weights that count."
+    "Run `validate` on the weights that count; what the first process found holds for all."
+    several = acc.num_processes>1
+    for b in state.averaged.buffers() if several else (): torch.distributed.broadcast(b, 0)     # statistics of batch norm are those of the first
     with torch.no_grad(), acc.autocast(): found = {f'val_{k}':float(v) for k,v in validate(state.averaged.eval()).items()}
     state.model.train()
-    return found
+    return first_says(found, several)
 
 def fit(*args, **kwargs) -> dict:
     "Make a `Trainer` with these arguments and train; gives the final metrics."
