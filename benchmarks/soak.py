@@ -3,8 +3,8 @@
 python benchmarks/soak.py --kills 100 --json benchmarks/soak.json
 
 A tiny run of all steps (recordings simulated and packed, tokenizer, pretraining, finetuning with averaged weights, segmentation with its own
-recordings) is killed as a whole: twice in each step, at a moment drawn from the first half of the time that the step takes; the same command
-continues it. When it has ended, every step's weights are compared, and a new run begins with new folders, until so many kills have been made.
+recordings) is killed as a whole, twice in each step: at a moment drawn from the first half of the time that the step takes, and so long after its
+first update (of `prepare`, after its beginning). The same command continues it. When it has ended, every step's weights are compared, and a new run begins with new folders, until so many kills have been made.
 The records are written after every run. Attempts are forks of this process, which has imported everything, so that a start is cheap.
 """
 import argparse, json, mmap, os, random, signal, tempfile, time
@@ -136,13 +136,14 @@ def begin(root, processes):
         code = 0
     finally: os._exit(code)
 
-def wait(pid, step=None, seconds=0.):
-    "The exit status, or None where the process still runs so many seconds after it came to a step."
+def wait(pid, step=None, seconds=0., trained=False):
+    "The exit status, or None where the process still runs so many seconds after it came to a step, or had `trained` in it."
     end = None
     while end is None or time.time()<end:
         done,status = os.waitpid(pid, os.WNOHANG)
         if done: return status
-        if end is None and step and PLACE.read()[0]>=STEPS.index(step): end = time.time()+seconds
+        number,folder,_ = PLACE.read()
+        if end is None and step and (number>STEPS.index(step) or number==STEPS.index(step) and (folder or not trained)): end = time.time()+seconds
         time.sleep(.002)
 
 def kill(pid, processes):
@@ -179,7 +180,7 @@ def broken(root, processes, most, chance, took):
         step = next((s for s in STEPS[now:] if planned[s]<EACH), None) if len(fell)<most else None
         planned[step] += 1
         pid = begin(root, processes)
-        status = wait(pid, step, chance.uniform(0, took[step]/2) if step else 0)
+        status = wait(pid, step, chance.uniform(0, took[step]/2) if step else 0, step!='prepare' and planned[step]==EACH)
         if status==0: return fell
         if status is not None: raise RuntimeError(f"{root.name} failed: {(root/'log').read_text()[-2000:]}")
         kill(pid, processes)

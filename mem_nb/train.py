@@ -25,6 +25,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from tqdm.auto import tqdm
 from .config import RunConfig, Stopped, on_signals, process_rank
+from .droppath import drop_paths, paths_drawn
 from .shard import first_says, opened, share_out
 from .store import locked
 from .state import (NOT_OF_THE_RESULT, TrainingState, append_log, atomic, check_settings, final_metrics, finish, has_state, is_done,
@@ -147,11 +148,12 @@ def train_step(
 ) -> tuple:                 # ({name: tensor}, samples seen)
     "Forward, backward and one update; raises FloatingPointError, before the update, where it would ruin the weights."
     for g in state.optimizer.param_groups: g['lr'] = lr*g.get('lr_scale', 1.)
-    totals,samples = {},0
+    totals,samples,paths = {},0,drop_paths(state.model)
     for i in range(accumulate):
         batch = next(batches).to(acc.device)
-        generator = step_generator(seed, state.step*accumulate+i, acc.process_index, acc.device)
-        with acc.no_sync(loss_fn) if i<accumulate-1 else nullcontext():       # gradients are shared once a step
+        number = seed,state.step*accumulate+i
+        generator,skips = step_generator(*number, acc.process_index, acc.device),torch.Generator(acc.device).manual_seed(step_seed(*number, 0, 2))
+        with acc.no_sync(loss_fn) if i<accumulate-1 else nullcontext(), paths_drawn(paths, len(batch), skips):   # gradients are shared once a step
             with acc.autocast(): loss,metrics = loss_fn(batch, state.step, generator)
             acc.backward(loss/accumulate)
         samples += len(batch)
@@ -344,11 +346,10 @@ def _shared(acc, sums):
 
 def _validate(acc, state, validate):
     "Run `validate` on the weights that count; what the first process found holds for all."
-    several = acc.num_processes>1
-    for b in state.averaged.buffers() if several else (): torch.distributed.broadcast(b, 0)     # statistics of batch norm are those of the first
+    for b in state.averaged.buffers() if acc.num_processes>1 else (): torch.distributed.broadcast(b, 0)   # batch norm's are those of the first
     with torch.no_grad(), acc.autocast(): found = {f'val_{k}':float(v) for k,v in validate(state.averaged.eval()).items()}
     state.model.train()
-    return first_says(found, several)
+    return first_says(found, acc.num_processes>1)
 
 def fit(*args, **kwargs) -> dict:
     "Make a `Trainer` with these arguments and train; gives the final metrics."
