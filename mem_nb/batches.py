@@ -26,6 +26,12 @@ class _Ragged:
         first,total = self.rows or (0,len(self))
         return slice(first, first+len(self)), total
 
+    @property
+    def counted(self):
+        "How many of the samples count in a validation: all, or none where one only stands in (see `own_rows`)."
+        own,total = self.own
+        return min(len(self), total-own.start)
+
     def _with(self, f): return replace(self, **{k:f(v) for k,v in vars(self).items() if torch.is_tensor(v)})
     def to(self, device): return self._with(lambda v: v.to(device, non_blocking=True))
     def pin_memory(self): return self._with(torch.Tensor.pin_memory)

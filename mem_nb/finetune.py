@@ -23,7 +23,7 @@ from .data import eval_batches, make_frames, num_steps, train_batches
 from .metrics import accuracy_metrics
 from .splits import check_labels, check_overlap, draw_labels, label_subset, save_list
 from .encoder import config_encoder, from_vit, load_encoder, rgb_weights
-from .shard import first_says
+from .shard import first_says, rows_of_all
 from .state import is_parted, load_weights, save_weights, step_settings, weights_hash, write_json
 from .train import cosine_schedule, fit
 
@@ -66,11 +66,14 @@ def predict(
     batch_size:int=256,   # recordings at a time
     slices:int=1,         # slices of a recording, evenly from its beginning to its end; 1: its middle
     indices=None,         # which recordings; None: all
+    shared:bool=False,    # among the processes of a training, which all call this
 ) -> torch.Tensor:        # `(n, classes)` probabilities, float32, on the CPU
     "Class probabilities of every recording, averaged over slices; a recording no longer than a slice has one slice only."
     device = next(model.parameters()).device
-    said = lambda start: torch.cat([model(make_frames(b.to(device), data)).float().softmax(1).cpu()
-                                    for b in eval_batches(store, indices, batch_size, data.slice_max_evs, start)])
+    say = lambda b: model(make_frames(b.to(device), data)).float().softmax(1)
+    def said(start):
+        batches = eval_batches(store, indices, batch_size, data.slice_max_evs, start, shared)
+        return rows_of_all([(say(b), b.own) for b in batches]).cpu() if shared else torch.cat([say(b).cpu() for b in batches])
     return sum(said(u) for u in (np.linspace(0, 1, slices) if slices>1 else [.5]))/slices
 
 # %% ../nbs/13_finetune.ipynb #a5d611b9
@@ -129,9 +132,10 @@ class Best:
     def look(self, model):
         "Judge the weights; write them where they are better than all before. Gives what validation logs."
         score,found = self.judge(model)
-        if first_says(score>self.score(), is_parted(model)):
-            save_weights(model, self.file)
-            if process_rank()[0]==0: write_json(dict(score=score, metrics=found, settings=self.settings), self.file.with_suffix('.json'))
+        rank,world = process_rank()
+        if first_says(score>self.score(), world>1):
+            if rank==0 or is_parted(model): save_weights(model, self.file)
+            if rank==0: write_json(dict(score=score, metrics=found, settings=self.settings), self.file.with_suffix('.json'))
         return found
 
     def score(self):
@@ -193,13 +197,13 @@ def _loss(c, data, num_classes, weight):
 
 def _judges(c, train, val, data, chosen, seed, folder, settings):
     "Which recordings are trained on, how the model is validated, and how its final weights are chosen."
-    validate = lambda model: accuracy_metrics(predict(model, val, data, slices=c.slices), torch.from_numpy(val.labels))
+    validate = lambda model: accuracy_metrics(predict(model, val, data, slices=c.slices, shared=True), torch.from_numpy(val.labels))
     if c.keep=='last': return chosen,validate,None
     aside = held_out(train.labels[chosen], seed) if c.keep=='held_out' else np.zeros(len(chosen), bool)
     def judge(model):
         found = {k:float(v) for k,v in validate(model).items()}
         if c.keep=='val': return found['accuracy'],found
-        own = accuracy_metrics(predict(model, train, data, slices=c.slices, indices=chosen[aside]), torch.from_numpy(train.labels[chosen[aside]]))
+        own = accuracy_metrics(predict(model, train, data, slices=c.slices, indices=chosen[aside], shared=True), torch.from_numpy(train.labels[chosen[aside]]))
         return float(own['accuracy'] - 1e-3*own['cross_entropy']),dict(found, held_out_accuracy=float(own['accuracy']))
     best = Best(folder, judge, settings)
     return chosen[~aside],best.look,best.choose

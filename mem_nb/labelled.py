@@ -273,6 +273,9 @@ class LabelBatch:
         "Which of the batch that all processes share: (slice, number of all)."
         first,total = self.rows or (0,len(self))
         return slice(first, first+len(self)), total
+
+    @property
+    def counted(self): return min(len(self), self.own[1]-self.own[0].start)   # none where a sample stands in, see `own_rows`
     def to(self, device): return LabelBatch(*(v if v is None else v.to(device) for v in (self.events, self.images, self.maps)), self.rows)
 
     def frames(self, d:DataConfig) -> torch.Tensor:

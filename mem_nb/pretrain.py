@@ -28,8 +28,8 @@ from .encoder import (config_encoder, encode_patches, from_patches, from_vit, lo
                             sincos_positions, to_patches)
 from .masking import make_masks, patch_events
 from .probes import knn_signal
-from .targets import (TokenCache, check_fixed, commonest_share, contrast_loss, counted_mean, filled_patches, frozen_tokens, hidden_pixels, masked_accuracy,
-                            masked_loss, outcome, patch_scale, pixel_loss, projector, views_of_all)
+from .targets import (TokenCache, check_fixed, commonest_share, contrast_loss, filled_patches, frozen_tokens, hidden_pixels, masked_accuracy,
+                            masked_loss, mean_of_all, outcome, patch_scale, pixel_loss, projector, views_of_all)
 from .tokenizer import load_tokenizer, tokenizer_path
 from .state import load_weights, step_settings, weights_hash
 from .train import compile_model, cosine_schedule, fit, step_seed
@@ -162,18 +162,18 @@ class HiddenTask:
     def shown(self, store, device, limit=10**9):
         "Deterministic frames, a batch at a time; of at most `limit` recordings, evenly drawn."
         indices = np.linspace(0, len(store)-1, min(limit, len(store))).astype(int)
-        batches = eval_batches(store, indices, self.batch_size, self.data.slice_max_evs)
-        return (make_frames(b.to(device), self.data) for b in batches)
+        return (make_frames(b.to(device), self.data) for b in eval_batches(store, indices, self.batch_size, self.data.slice_max_evs))
 
     @torch.no_grad()
     def validate(self, model):
-        "Means over the hidden patches of the validation split, always under the same masks."
+        "Means over the hidden patches of the validation split, always under the same masks; all processes of a training call it."
         device,found = next(model.parameters()).device,{}
         generator = torch.Generator(device).manual_seed(step_seed(self.seed, 12))
-        for frames in self.shown(self.val, device):
-            mask = self.masks(frames, generator)
-            for k,v in self.tally(model(frames, mask), frames, mask).items(): found.setdefault(k, []).append(v.float())
-        return {k:counted_mean(torch.cat(v)) for k,v in found.items()}
+        for b in eval_batches(self.val, None, self.batch_size, self.data.slice_max_evs, shared=True):
+            frames = make_frames(b.to(device), self.data)
+            mask = self.masks(frames, generator, *b.own if b.counted else ())
+            for k,v in self.tally(model(frames, mask), frames, mask).items(): found.setdefault(k, []).append(v.float() if b.counted else v[:0].float())
+        return {k:mean_of_all(torch.cat(v)) for k,v in found.items()}
 
 # %% ../nbs/12_pretrain.ipynb #fb629cfd
 class TokenTask(HiddenTask):
@@ -333,7 +333,7 @@ def pretrain(
     hashes = dict(start_hash=p.checkpoint and weights_hash(p.checkpoint), tokenizer_hash='' if p.mae else weights_hash(tokenizer_path(cfg)))
     settings = step_settings(cfg, 'data', 'tokenizer', 'encoder', 'pretrain', data_hash=task.train.data_hash, **hashes)
     media = lambda model: {'strip':strip_figure(task, model)}
-    look = (lambda model: knn_signal(model.encoder, task.train, cfg.data)) if p.knn_epochs else lambda model: {}
+    look = (lambda model: knn_signal(model.encoder, task.train, cfg.data, shared=True)) if p.knn_epochs else lambda model: {}
     every = num_steps(n, p.knn_epochs, p.batch_size) if p.knn_epochs else max(1, steps//10)
     judge = lambda model: (task.validate(model) if p.hidden else {}) | look(model)
     judged = dict(validate=judge, media=media if p.hidden else None, validate_every=every) if len(task.val) and (p.hidden or p.knn_epochs) else {}

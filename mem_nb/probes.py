@@ -12,6 +12,7 @@ from sklearn import linear_model, neighbors, pipeline, preprocessing, svm
 from .data import eval_batches, make_frames
 from .encoder import features
 from .metrics import accuracy_metrics
+from .shard import rows_of_all
 
 # %% ../nbs/11c_probes.ipynb #c15e2a08
 def majority(train_labels, val_labels):
@@ -86,14 +87,18 @@ def describe(
     indices=None,       # which recordings; None: all
     device='cpu',       # where frames are made
     pixels=True,        # False leaves them out
+    shared=False,       # among the processes of a training, which all call this; features only
 ) -> tuple:             # pixels `(n, P)` and features `(n, D)`; None for what is not wanted
     "Pixels and features of recordings."
     seen,found = [],[]
-    for batch in eval_batches(store, indices, 128, data.slice_max_evs):
+    for batch in eval_batches(store, indices, 128, data.slice_max_evs, shared=shared):
         frames = make_frames(batch.to(device), data)
         if pixels: seen.append(small_frames(frames))
-        if encoder is not None: found.append(features(encoder, frames).float().cpu().numpy())
-    return np.concatenate(seen) if seen else None, np.concatenate(found) if found else None
+        if encoder is None: continue
+        f = features(encoder, frames).float()
+        found.append((f, batch.own) if shared else f.cpu())
+    whole = (rows_of_all(found).cpu() if shared else torch.cat(found)).numpy() if found else None
+    return np.concatenate(seen) if seen else None, whole
 
 # %% ../nbs/11c_probes.ipynb #dfa05d5b
 def knn_signal(
@@ -101,11 +106,12 @@ def knn_signal(
     store,          # EventStore with labels
     data,           # DataConfig: representation
     most:int=2000,  # recordings at most, evenly drawn
+    shared=False,   # among the processes of a training, which all call this
 ) -> dict:          # knn_accuracy; empty where there are no labels
     "Share of every second recording whose nearest neighbour (by cosine) among the others is of its class: a cheap sign of progress."
     if len(store)<4 or store.labels.min()<0: return {}
     indices,training = np.random.default_rng(0).permutation(len(store))[:most],encoder.training
-    _,f = describe(store, data, encoder.eval(), indices, next(encoder.parameters()).device, pixels=False)
+    _,f = describe(store, data, encoder.eval(), indices, next(encoder.parameters()).device, pixels=False, shared=shared)
     encoder.train(training)
     f,y = F.normalize(torch.from_numpy(f - f.mean(0)), dim=1),torch.from_numpy(store.labels[indices])
     return dict(knn_accuracy=float((y[::2][(f[1::2] @ f[::2].T).argmax(1)]==y[1::2]).float().mean()))

@@ -16,7 +16,7 @@ from .config import Config, DataConfig, process_rank
 from .augment import COLOR, OPS, apply_ops
 from .recolour import loop_ops
 from .store import split_hash
-from .data import num_steps
+from .data import own_rows
 from .targets import counted_mean, summed
 from .state import load_weights, step_settings, weights_hash
 from .train import fit, make_accelerator
@@ -223,13 +223,17 @@ def segmentation_score(
     ignore:int=255,       # label that never counts
     overlap:float=.33,    # of sliding windows
     batch_size:int=16,    # frames at a time
-) -> SegmentationScore:   # not yet summed over processes
+    shared:bool=False,    # among the processes of a training, which all call this
+) -> SegmentationScore:   # if `shared`, `compute` sums over the processes
     "Compare with every label map of a split."
-    device = next(model.parameters()).device
-    score = SegmentationScore(model.classes, ignore, sync_on_compute=False).to(device)
-    for i in range(0, len(data), batch_size):
-        b = data.batch(range(i, min(i+batch_size, len(data))), d.slice_max_evs).to(device)
-        score.update(predict_frames(model, b.frames(d), overlap).argmax(1), b.maps)
+    device,size = next(model.parameters()).device,max(batch_size, process_rank()[1] if shared else 1)
+    score = SegmentationScore(model.classes, ignore, sync_on_compute=shared).to(device)
+    for i in range(0, len(data), size):
+        chosen = np.arange(i, min(i+size, len(data)))
+        own,rows = own_rows(len(chosen), shared)
+        b = data.batch(chosen[own], d.slice_max_evs, rows).to(device)
+        said = predict_frames(model, b.frames(d), overlap).argmax(1)
+        if b.counted: score.update(said, b.maps)
     return score
 
 def score_numbers(
@@ -290,7 +294,7 @@ def segment_one(
                   g.steps, cfg.folder/'segment'/run_name(method, labels, seed),
                   segmenter_optimizer(model, g.lr, g.weight_decay, g.scratch_layer_decay if scratch else g.layer_decay, g.beta2),
                   lambda k: poly_schedule(k, g.steps, g.lr, g.min_lr, g.warmup_steps, g.power), replace(cfg.run, seed=seed), settings,
-                  g.update_freq, g.grad_clip, g.ema_decay, lambda m: score_numbers(segmentation_score(m, val, cfg.data, g.ignore, g.overlap), names),
+                  g.update_freq, g.grad_clip, g.ema_decay, lambda m: score_numbers(segmentation_score(m, val, cfg.data, g.ignore, g.overlap, shared=True), names),
                   validate_every=g.validate_every or max(1, g.steps//10), save_every=g.save_ckpt_freq, desc=f'segment {run_name(method, labels, seed)}')
     return dict(method=method, labels=str(labels), n_labels=len(chosen), seed=seed, steps=g.steps, seconds=metrics['seconds'],
                 **{k[4:]:v for k,v in metrics.items() if k.startswith('val_')})

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['RECONSTRUCTION', 'ResBlock', 'conv_encoder', 'conv_decoder', 'start_weights', 'EventVAE', 'reconstruction_loss',
-           'temperature_at', 'epoch_changes', 'schedules', 'codebook_health', 'tokenizer_loss', 'reconstruct',
-           'build_tokenizer', 'guess_shape', 'tokenizer_file', 'load_tokenizer', 'tokenizer_path', 'mean_frame',
-           'tokenizer_metrics', 'tokenizer', 'draw_codes', 'gumbel_weights', 'kl_to_uniform', 'usage_loss']
+           'temperature_at', 'epoch_changes', 'schedules', 'codebook_health', 'counts_health', 'tokenizer_loss',
+           'reconstruct', 'build_tokenizer', 'guess_shape', 'tokenizer_file', 'load_tokenizer', 'tokenizer_path',
+           'mean_frame', 'tokenizer_metrics', 'tokenizer', 'draw_codes', 'gumbel_weights', 'kl_to_uniform',
+           'usage_loss']
 
 # %% ../nbs/09_tokenizer.ipynb #8da7430a
 import math
@@ -19,6 +20,7 @@ from .config import Config, DataConfig, TokenizerConfig
 from .store import EventStore
 from .datasets import prepared
 from .data import eval_batches, make_frames, num_steps, train_batches
+from .shard import summed
 from .train import fit, load_weights, step_seed, step_settings, weights_hash
 from .codes import best_codes, draw_codes, gumbel_weights, kl_to_uniform, usage_loss
 from .upsample import Upsample, pointwise
@@ -179,9 +181,12 @@ def codebook_health(
     num_tokens:int,       # size of the codebook
 ) -> dict:                # codes_used, codes_used_fraction, perplexity
     "How much of the codebook is alive. Perplexity is the number of codes that, used alike, would be as hard to guess."
-    counts = torch.bincount(tokens.flatten(), minlength=num_tokens).double()
-    used,p = int((counts>0).sum()),counts/counts.sum()
-    return dict(codes_used=used, codes_used_fraction=used/num_tokens, perplexity=float(torch.special.entr(p).sum().exp()))
+    return counts_health(torch.bincount(tokens.flatten(), minlength=num_tokens))
+
+def counts_health(counts):
+    "The same, of how often each code occurs."
+    used,p = int((counts>0).sum()),counts.double()/counts.sum()
+    return dict(codes_used=used, codes_used_fraction=used/len(counts), perplexity=float(torch.special.entr(p).sum().exp()))
 
 # %% ../nbs/09_tokenizer.ipynb #ef6c129c
 def tokenizer_loss(
@@ -275,16 +280,20 @@ def tokenizer_metrics(
     mean:torch.Tensor,   # `(C, H, W)`, from `mean_frame` of the training recordings
     loss:str='mse',      # mse, smooth_l1, cosine
     batch_size:int=256,  # frames at a time
+    shared:bool=False,   # among the processes of a training, which all call this
 ) -> dict:               # recon, mean_frame_recon, codes_used, codes_used_fraction, perplexity
     "Reconstruction from the tokens alone, beside that of the mean frame; and the health of the codebook."
-    device,sums,tokens = next(vae.parameters()).device,torch.zeros(2),[]
-    for batch in eval_batches(store, None, batch_size, d.slice_max_evs):
+    device = next(vae.parameters()).device
+    sums,counts = torch.zeros(2, device=device),torch.zeros(vae.num_tokens, dtype=torch.long, device=device)
+    for batch in eval_batches(store, None, batch_size, d.slice_max_evs, shared=shared):
         frames = make_frames(batch.to(device), d)
-        tokens.append(vae.tokens(frames))
-        decoded = vae.decode(tokens[-1], _grid(vae, frames)), mean.to(device).expand_as(frames)
-        sums += len(frames)*torch.stack([reconstruction_loss(r, frames, loss).cpu() for r in decoded])
+        tokens = vae.tokens(frames)
+        decoded = vae.decode(tokens, _grid(vae, frames)), mean.to(device).expand_as(frames)
+        sums += batch.counted*torch.stack([reconstruction_loss(r, frames, loss) for r in decoded])
+        counts += torch.bincount(tokens[:batch.counted].flatten(), minlength=vae.num_tokens)
+    if shared: sums,counts = summed(sums),summed(counts)
     recon,blind = (sums/len(store)).tolist()
-    return dict(recon=recon, mean_frame_recon=blind, **codebook_health(torch.cat(tokens), vae.num_tokens))
+    return dict(recon=recon, mean_frame_recon=blind, **counts_health(counts))
 
 # %% ../nbs/09_tokenizer.ipynb #197280d5
 def tokenizer(
@@ -319,4 +328,4 @@ def _judge(cfg, train, val):
         rows = {'frame':frames.cpu(), 'decoded':reconstruct(vae, frames).cpu()}
         counts = torch.bincount(vae.tokens(frames).flatten(), minlength=vae.num_tokens).cpu()
         return dict(reconstructions=show_reconstructions(rows), codes=show_code_shares({f'{len(frames)} frames':counts}).figure)
-    return dict(validate=lambda vae: tokenizer_metrics(vae, val, cfg.data, mean(), cfg.tokenizer.loss), media=media)
+    return dict(validate=lambda vae: tokenizer_metrics(vae, val, cfg.data, mean(), cfg.tokenizer.loss, shared=True), media=media)

@@ -25,8 +25,9 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from tqdm.auto import tqdm
 from .config import RunConfig, Stopped, on_signals, process_rank
-from .speed import compile_model, cpu_has_bf16, keep_memory, written_out_attention
+from .droppath import drop_paths, paths_drawn
 from .shard import first_says, opened, share_out
+from .speed import compile_model, cpu_has_bf16, keep_memory, written_out_attention
 from .store import locked
 from .state import (NOT_OF_THE_RESULT, TrainingState, append_log, atomic, check_settings, final_metrics, finish, has_state, is_done,
                           load_weights, put_together, read_log, rewind_log, save_weights, step_settings, weights_hash, write_json)
@@ -78,7 +79,7 @@ def make_accelerator(
     auto = 'bf16' if (cpu_has_bf16() if cpu else torch.cuda.is_bf16_supported()) else 'no'
     precision = {'auto':auto, 'fp32':'no'}.get(run.precision, run.precision)
     if AcceleratorState._shared_state: AcceleratorState._reset_state(PartialState().num_processes==1)  # precision may differ from step to step
-    patient = InitProcessGroupKwargs(timeout=timedelta(hours=3))      # the others wait while the first validates
+    patient = InitProcessGroupKwargs(timeout=timedelta(hours=3))      # the others wait while the first packs or draws
     return Accelerator(cpu=cpu, mixed_precision=precision, log_with='wandb' if run.wandb else None, kwargs_handlers=[patient])
 
 # %% ../nbs/08b_train.ipynb #1df2f857
@@ -126,11 +127,12 @@ def train_step(
 ) -> tuple:                 # ({name: tensor}, samples seen)
     "Forward, backward and one update; raises FloatingPointError, before the update, where it would ruin the weights."
     for g in state.optimizer.param_groups: g['lr'] = lr*g.get('lr_scale', 1.)
-    totals,samples = {},0
+    totals,samples,paths = {},0,drop_paths(state.model)
     for i in range(accumulate):
         batch = next(batches).to(acc.device)
-        generator = step_generator(seed, state.step*accumulate+i, acc.process_index, acc.device)
-        with acc.no_sync(loss_fn) if i<accumulate-1 else nullcontext():       # gradients are shared once a step
+        number = seed,state.step*accumulate+i
+        generator,skips = step_generator(*number, acc.process_index, acc.device),torch.Generator(acc.device).manual_seed(step_seed(*number, 0, 2))
+        with acc.no_sync(loss_fn) if i<accumulate-1 else nullcontext(), paths_drawn(paths, len(batch), skips):   # gradients are shared once a step
             with acc.autocast(): loss,metrics = loss_fn(batch, state.step, generator)
             acc.backward(loss/accumulate)
         samples += len(batch)
@@ -174,7 +176,7 @@ class Trainer:
     accumulate:int=1      # batches an update
     grad_clip:float=0.    # largest gradient norm; 0: none
     ema_decay:float=0.    # of averaged weights, which then are the final ones; 0: none
-    validate:object=None  # model -> {name: float}, logged with `val_` before it
+    validate:object=None  # model -> {name: float}, logged with `val_` before it; all processes call it
     validate_every:int=0  # steps; the last step always
     save_every:int=0      # steps between two saved states, beside run.save_minutes
     media:object=None     # model -> {name: Figure}, drawn after a validation, once a minute at most, and at the end
@@ -280,7 +282,7 @@ def _report(self:Trainer, lr, validate, bar):
     "Write a line of the log; validate and draw first where that is due."
     if self.acc.num_processes>1: self.state.sums = _shared(self.acc, self.state.sums)
     self.metrics = dict(self.state.means(), lr=lr)
-    if self.takes_part and validate: self._judge()
+    if validate: self._judge()
     if self.acc.is_main_process:
         append_log(self.folder, dict(self.metrics, steps=self.steps))   # so that one can tell how far it is
         self.acc.log({k:v for k,v in self.metrics.items() if k!='step'}, step=self.state.step)
@@ -293,10 +295,10 @@ def _report(self:Trainer, lr, validate, bar):
 
 @patch
 def _judge(self:Trainer):
-    "Validate, and draw."
+    "Validate, all processes together, and draw."
     with opened(self.state.ema.module if self.state.ema else self.loss) if self.parted else nullcontext():
         if self.validate: self.metrics |= _validate(self.acc, self.state, self.validate)
-        if not self.media or not first_says(self.state.step==self.steps or time.time()-self.drawn>60, self.parted): return   # drawing takes a second
+        if not self.media or not self.takes_part or not first_says(self.state.step==self.steps or time.time()-self.drawn>60, self.parted): return   # drawing takes a second
         figures = self.media(self.state.averaged)
     _save_media(self.acc, figures, self.folder, self.state.step)
     self.drawn = time.time()
@@ -322,10 +324,11 @@ def _shared(acc, sums):
     return dict(zip(names, mean))
 
 def _validate(acc, state, validate):
-    "Run `validate` on the weights that count."
+    "Run `validate` on the weights that count; what the first process found holds for all."
+    for b in state.averaged.buffers() if acc.num_processes>1 else (): torch.distributed.broadcast(b, 0)   # batch norm's are those of the first
     with torch.no_grad(), acc.autocast(): found = {f'val_{k}':float(v) for k,v in validate(state.averaged.eval()).items()}
     state.model.train()
-    return found
+    return first_says(found, acc.num_processes>1)
 
 def fit(*args, **kwargs) -> dict:
     "Make a `Trainer` with these arguments and train; gives the final metrics."

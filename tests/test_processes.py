@@ -7,7 +7,8 @@ from conftest import ROOT
 pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
 CONF = """
 data_set = digits
-num_digits = 80
+num_digits = 77
+val_fraction = 0.19
 data_path = digits
 input_H = 32
 input_W = 32
@@ -31,13 +32,13 @@ num_mask_patches = 8
 pt_epochs = 4
 pt_batch_size = 16
 pt_warmup_steps = 2
-pt_dropout = 0
+pt_dropout = 0.3
 class_labels = 40
 class_epochs = 3
 class_batch_size = 16
 class_update_freq = 2
 class_warmup_epochs = 0
-class_dropout = 0
+class_dropout = 0.3
 class_ema_decay = 0.99
 class_methods = scratch
 log_every = 1
@@ -101,6 +102,44 @@ def averaged():
     fit(model, lambda m, batch, step, generator: (m(batch.x).square().mean(), {}), lambda start,stop: (Points(frames) for _ in range(start, stop)), 4, 'averaged',
         torch.optim.AdamW(model.parameters()), lambda k: 1e-2, RunConfig(device='cpu', precision='fp32', shard=True, log_every=1), ema_decay=.5, validate=validate, validate_every=1)
 
+class Maps:
+    "Seventeen random pictures with label maps, as `LabelledSet` gives them."
+    pictures,maps = torch.randint(0, 256, (17,3,24,32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)),torch.arange(17*24*32).view(17,24,32)//97%4
+    def __len__(self): return 17
+    def batch(self, indices, max_events=None, rows=None):
+        from mem_nb.labelled import LabelBatch
+        return LabelBatch(None, self.pictures[indices], self.maps[indices].to(torch.uint8), rows)
+
+def judged():
+    "Every validation of untrained models, shared by the processes there are; all of them must know what the first knows."
+    from mem_nb.config import load_config, process_rank
+    from mem_nb.finetune import build_classifier, predict
+    from mem_nb.metrics import accuracy_metrics
+    from mem_nb.pretrain import build_model, pretrain_task
+    from mem_nb.probes import knn_signal
+    from mem_nb.segment import score_numbers, segmentation_score
+    from mem_nb.shard import first_says
+    from mem_nb.tokenizer import load_tokenizer, tokenizer_metrics
+    from mem_nb.train import make_accelerator
+    torch.set_num_threads(1)
+    cfg = load_config('x.conf', words('judged', []))
+    make_accelerator(cfg.run)
+    task = pretrain_task(cfg); task.batch_size = 8; val = task.val
+    torch.manual_seed(0)
+    found,model = dict(samples=len(val)),build_classifier(cfg, 10, head_scale=1.).eval()
+    pixels = torch.nn.Conv2d(3, 4, 3, padding=1); pixels.classes,pixels.window = 4,None
+    with torch.no_grad():
+        found['tokenizer'] = tokenizer_metrics(load_tokenizer(cfg), val, cfg.data, torch.zeros(3,32,32), batch_size=8, shared=True)
+        found['finetune'] = accuracy_metrics(predict(model, val, cfg.data, 8, slices=2, shared=True), torch.from_numpy(val.labels))
+        for kind in ('block','random','event'): found[kind] = replace_kind(task, kind).validate(build_model(cfg).eval())
+        found['knn'] = knn_signal(model, task.train, cfg.data, shared=True)
+    found['segment'] = score_numbers(segmentation_score(pixels, Maps(), cfg.data, batch_size=8, shared=True), list('abcd'))
+    found = {k:{n:float(x) for n,x in v.items()} if isinstance(v, dict) else v for k,v in found.items()}
+    assert first_says(found, process_rank()[1]>1)==found
+    return found
+
+def replace_kind(task, kind): task.kind = kind; return task
+
 def scenes(out):
     "Forks of one process, which has all imports: each scene breaks a run and continues it."
     import signal, warnings
@@ -134,6 +173,7 @@ def scenes(out):
     except RuntimeError: told['sparse'] = read_state('sparse/last/state.pt')['step']
     launch(sparse, 2, 'sparse')
     told['odd'] = run('odd', settings=['pt_batch_size=15'])
+    told['judged'] = [launch(judged, n) for n in (1,2,3)]
     Path(out).write_text(json.dumps(told))
 
 def main(what, out=''):
@@ -248,6 +288,26 @@ def test_a_folder_in_use_names_the_process_that_holds_it(told):
 
 def test_a_batch_that_cannot_be_shared_is_refused(told):
     assert 'a batch of 15 cannot be shared by 2 processes; take a multiple of 2' in told['odd']['error']
+
+def test_a_validation_shared_by_two_or_three_is_that_of_one(told):
+    "Nobody is seen twice, nobody is left out; the last batch of 17 has one sample, so that others have none."
+    one = told['judged'][0]
+    assert one['samples']==17
+    for more in told['judged'][1:]:
+        assert more.keys()==one.keys()
+        for step,want in one.items():
+            if step=='samples': continue
+            assert more[step].keys()==want.keys() and want
+            for k,v in want.items():
+                if k in ('loss','recon','mean_frame_recon','cross_entropy','calibration_error'): assert more[step][k]==pytest.approx(v, rel=1e-5), (step, k)
+                else: assert more[step][k]==v, (step, k)
+
+def test_under_accelerate_launch(folder):
+    pytest.importorskip('accelerate.commands.launch')
+    launcher = ['-m','accelerate.commands.launch','--multi_gpu','--num_processes','2','--num_machines','1','--mixed_precision','no','--dynamo_backend','no','--main_process_port','0']
+    done = start(folder, *launcher, 'command.py', 'pretrain', 'x.conf', *words('accelerated', []))
+    assert done.returncode==0 and done.stdout.count('hidden tokens named')==1, done.stderr[-3000:]
+    assert final(folder, 'accelerated')==final(folder, 'two_tokens')
 
 def test_the_command_under_torchrun_stops_with_status_75_and_continues(folder):
     done = start(folder, 'words.py', ROOT/'tests', 'stop', 'signalled', processes=2)
