@@ -78,6 +78,7 @@ def _answer(axs, vae, tokens, logits, mask, number):
         if title.startswith(f'{true}:'): ax.spines[:].set(color=LINES[2], linewidth=2)
     if not mask[0,number]: axs[1].set_title('visible', fontsize=9)
 
+# %% ../nbs/16b_model_widgets.ipynb #5d1c0ae2
 @explorer
 def explore_reconstruction(
     run,           # folder of a run
