@@ -28,11 +28,12 @@ class GrowingLog:
     path:Path                                 # the file; it may not exist yet
     records:list = field(default_factory=list)# dicts, oldest first
     at:int = 0                                # bytes read
+    columns:dict = field(default_factory=dict)# key -> (records looked at, steps, values)
 
     def read(self) -> list:
         "All records until now."
         size = self.path.stat().st_size if self.path.is_file() else 0
-        if size<self.at: self.records,self.at = [],0
+        if size<self.at: self.records,self.at,self.columns = [],0,{}
         if size>self.at:
             with open(self.path, 'rb') as f: f.seek(self.at); new = f.read(size-self.at)
             whole = new[:new.rfind(b'\n')+1]
@@ -42,8 +43,11 @@ class GrowingLog:
 
     def column(self, key) -> tuple:
         "Steps and values of the records that hold a key."
-        has = [r for r in self.records if r.get(key) is not None]
-        return np.array([r['step'] for r in has]), np.array([r[key] for r in has], float)
+        seen,x,y = self.columns.get(key, (0, np.array([], int), np.array([])))
+        has = [r for r in self.records[seen:] if r.get(key) is not None]
+        if has: x,y = np.append(x, [r['step'] for r in has]), np.append(y, [float(r[key]) for r in has])
+        self.columns[key] = len(self.records),x,y
+        return x,y
 
 # %% ../nbs/16c_run_widgets.ipynb #f03e812b
 def step_logs(
