@@ -1,10 +1,10 @@
-"How long an explorer takes to answer a control: OMP_NUM_THREADS=2 python benchmarks/widgets.py --json benchmarks/widgets.json"
+"How long an explorer takes to answer a control, and the first tutorial to show its first picture: OMP_NUM_THREADS=2 python benchmarks/widgets.py --json benchmarks/widgets.json"
 import json, sys, tempfile
 from pathlib import Path
 from statistics import median
 from time import perf_counter
 import numpy as np
-from fastcore.script import call_parse, store_true
+from fastcore.script import call_parse
 from common import machine, record, table, write
 
 sys.path.insert(0, str(Path(__file__).parents[1]/'tests'))
@@ -96,6 +96,25 @@ def answers(panel, name, n, before=lambda: None):
         if png: took.append(end-start)
     return took
 
+def first_pictures(n):
+    "Seconds from opening the first tutorial in JupyterLab, in a real browser and without a net, to its first picture, all cells run; `n` times."
+    from lab import ROOT, RUN, Notebook, absent, chromium, copy_notebook, lab
+    if absent(): print(f'no first picture: {absent()}'); return []
+    took,name = [],'01_five_minutes.ipynb'
+    with tempfile.TemporaryDirectory() as root:
+        copy_notebook(ROOT/'nbs'/'tutorials'/name, Path(root)/name, set())     # without outputs
+        with lab(Path(root)) as url, chromium() as open_page:
+            for _ in range(n):
+                page = open_page()
+                start = perf_counter()
+                notebook = Notebook(page, url, name)                           # open, its kernel ready
+                page.evaluate(RUN)
+                page.locator('.jp-OutputArea-output img').first.wait_for()
+                took.append(perf_counter()-start)
+                if page.left: raise SystemExit(f'asked of another machine: {page.left[0]}')
+                notebook.close(); page.close()
+    return took
+
 GOALS = dict(monitor=500)   # ms; the others 200
 
 @call_parse
@@ -104,9 +123,10 @@ def main(
     n:int=7,         # moves a control
     events:int=100_000, # events of the recording
     lines:int=100_000,  # lines of the log that the monitor follows; it grows by 20 before each move
+    opens:int=3,     # times that the first tutorial is opened in a browser; 0: not at all
     json:str='',     # file for the records
 ):
-    "Measure the explorers, control by control, and the longest single answer of each"
+    "Measure the explorers, control by control, and the longest single answer of each; then the first picture of the first tutorial"
     rows = []
     with tempfile.TemporaryDirectory() as root:
         training = Training(root, lines)
@@ -119,5 +139,7 @@ def main(
             rows.append(record(f'{name}: all controls, median', 1000*median(all_of_it), 'ms', goal=goal, better='lower'))
             rows.append(record(f'{name}: all controls, longest', 1000*max(all_of_it), 'ms', better='lower'))
             rows += [record(f'{name}: {c}', 1000*median(took), 'ms', goal=goal, better='lower') for c,took in every.items() if took]
+    if took := first_pictures(opens):
+        rows.append(record(f'first tutorial: from opening to its first picture, longest of {len(took)}', max(took), 's', goal=20, better='lower'))
     print(table(rows)); print(machine())
     if json: write(json, rows)

@@ -6,7 +6,7 @@
 __all__ = ['run_config', 'stages', 'likeliest', 'explore_reconstruction', 'explore_codebook', 'explore_attention']
 
 # %% ../nbs/16b_model_widgets.ipynb #9f99d67c
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, torch
 from matplotlib.patches import Rectangle
@@ -78,6 +78,7 @@ def _answer(axs, vae, tokens, logits, mask, number):
         if title.startswith(f'{true}:'): ax.spines[:].set(color=LINES[2], linewidth=2)
     if not mask[0,number]: axs[1].set_title('visible', fontsize=9)
 
+# %% ../nbs/16b_model_widgets.ipynb #5d1c0ae2
 @explorer
 def explore_reconstruction(
     run,           # folder of a run
@@ -90,11 +91,16 @@ def explore_reconstruction(
     total = grid[0]*grid[1]
     @cache
     def model(stage): return load_weights(build_model(cfg), found[stage]).eval()
-    @torch.no_grad()
-    def draw(sample, weights, masking, hidden, seed, patch_number):
+    @lru_cache(8)                                        # a click on a patch asks for the same again
+    @torch.inference_mode()
+    def guess(sample, weights, masking, hidden, seed):
         frame,generator = frames[sample:sample+1],torch.Generator().manual_seed(seed)
         mask = make_masks(masking, grid, hidden, 1, generator, frame)
         rows = strip(model(weights), task.vae, frame, mask, task.norm_pix)
+        return (frame, mask, rows, *((frozen_tokens(task.vae, frame), model(weights)(frame, mask)) if task.vae else (None,None)))
+    @torch.inference_mode()
+    def draw(sample, weights, masking, hidden, seed, patch_number):
+        frame,mask,rows,tokens,logits = guess(sample, weights, masking, hidden, seed)
         pictures = [v[0] for v in rows.values()]
         fig = plt.figure(figsize=(9.6,4.2 if task.vae else 2.5), layout='constrained')
         top,below = (fig.subfigures(2, 1) if task.vae else (fig,None))
@@ -105,7 +111,6 @@ def explore_reconstruction(
         axs[-1].imshow(error, cmap='Greys', vmin=0, vmax=float(full or 1)); axs[-1].set(xticks=[], yticks=[], title=f'error, mean {error.mean():.3f}')
         axs[0].set_label('frame')
         if task.vae:
-            tokens,logits = frozen_tokens(task.vae, frame),model(weights)(frame, mask)
             axs[-2].set_title(f'predicted: {100*(logits.argmax(1)==tokens[mask]).float().mean():.0f} % right')
             _mark(axs[0], patch_number, patch, grid); _mark(axs[-2], patch_number, patch, grid)
             _answer(below.subplots(1, 6), task.vae, tokens, logits, mask, patch_number)

@@ -12,6 +12,7 @@ import base64, io
 from contextlib import contextmanager
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.collections import LineCollection
 from matplotlib.colors import LinearSegmentedColormap, hsv_to_rgb, to_rgb
 from .events import event_rate
 
@@ -154,9 +155,9 @@ def show_mask(
     ax = _image(_axes(ax, (3, .3+2.9*h/w)), rgb, title)
     cover = np.dstack(np.broadcast_arrays(*to_rgb(HIDDEN), hidden))     # (h, w, 4): opaque where hidden
     ax.imshow(cover, extent=(-.5,w-.5,h-.5,-.5), interpolation='nearest')
-    lines = [np.arange(1,n)*length/n-.5 for n,length in zip(grid, (h,w))]
-    ax.set(yticks=lines[0], xticks=lines[1], xticklabels=[], yticklabels=[])
-    ax.tick_params(length=0); ax.grid(color='white', linewidth=.7); ax.set_axisbelow(False)
+    y,x = (np.arange(1,n)*length/n-.5 for n,length in zip(grid, (h,w)))
+    lines = [*(((-.5,v),(w-.5,v)) for v in y), *(((v,-.5),(v,h-.5)) for v in x)]
+    ax.add_collection(LineCollection(lines, colors='white', linewidths=.7, capstyle='projecting', zorder=2.5), autolim=False)
     return ax
 
 # %% ../nbs/03_viz.ipynb #a9058cc8
