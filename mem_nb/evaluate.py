@@ -171,7 +171,7 @@ def accuracy_table(table, gain):
     "Methods down, label budgets across: mean ± std in percent (draws); the best of each budget is bold."
     at = {(r['method'], r['n_labels'], r['labels']):r for r in table + [dict(g, method='gain') for g in gain]}
     budgets,methods = sorted({k[1:] for k in at}),list(dict.fromkeys(r['method'] for r in table))
-    best = {(i,j+1) for j,b in enumerate(budgets) for i in [np.argmax([at[m,*b]['mean'] if (m,*b) in at else -1 for m in methods])]}
+    best = {(i,j+1) for j,b in enumerate(budgets) for i in [np.argmax([at[(m,*b)]['mean'] if (m,*b) in at else -1 for m in methods])]}
     cell = lambda r: '–' if r is None else percent(r['mean'], r['std']) + f" ({r['seeds']})" + (
         f", {100*r['interval'][0]:+.1f} to {100*r['interval'][1]:+.1f}" if r.get('interval') else '')
     rows = [[METHOD_NAMES.get(m, 'pretrained − scratch'), *(cell(at.get((m,*b))) for b in budgets)] for m in methods + ['gain']*bool(gain)]

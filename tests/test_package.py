@@ -1,5 +1,5 @@
 "The package as others get it: what the wheel holds, that it needs neither Jupyter nor nbdev, and what its texts name."
-import re, subprocess, sys, zipfile
+import ast, re, subprocess, sys, zipfile
 from pathlib import Path
 import pytest
 
@@ -68,6 +68,14 @@ def test_pythons_and_extras_are_declared(wheel):
     assert 'Requires-Python: >=3.10' in meta
     assert set(re.findall(r'Provides-Extra: (\w+)', meta)) >= {'jupyter','formats','wandb','dev'}
     for minor in (10,11,12,13): assert f'Python :: 3.{minor}\n' in meta
+
+@pytest.mark.parametrize('module', MODULES)
+def test_the_source_is_that_of_python_310(module):
+    "A star within square brackets is new in 3.11, and `ast` does not refuse it for 3.10."
+    text = (ROOT/'mem_nb'/f'{module}.py').read_text(encoding='utf-8')
+    within = [n.slice for n in ast.walk(ast.parse(text, feature_version=(3,10))) if isinstance(n, ast.Subscript) and isinstance(n.slice, ast.Tuple)]
+    stars = [n.lineno for n in within if any(isinstance(e, ast.Starred) for e in n.elts) and ast.get_source_segment(text, n)[0]!='(']
+    assert not stars, f'{module}.py, line {stars[0]}: a[x,*y]; write a[(x,*y)]'
 
 def test_the_text_for_language_models_names_every_module():
     text = (ROOT/'llms.txt').read_text(encoding='utf-8')
