@@ -252,7 +252,6 @@ def test_the_steps_of_a_chain_wait_for_each_other(cluster, tmp_path, fail_at):
     assert events==[(first,'start'),(first,'failed')] if fail_at else [(first,'start'),(first,'done'),(second,'start'),(second,'done')]
     assert run_status(cfg.folder, STEPS, 1, {})['state']==('failed' if fail_at else 'done')
 
-@pytest.mark.skipif(not os.environ.get('MEM_NB_LONG'), reason='takes two to three minutes; MEM_NB_LONG=1 runs it')
 def test_the_real_training_on_two_nodes_is_interrupted_and_ends_as_an_unbroken_one(cluster, tmp_path):
     (tmp_path/'broken').mkdir()
     text = 'slurm_nodes = 2\nslurm_container = \nslurm_setup = export MASTER_ADDR=127.0.0.1 GLOO_SOCKET_IFNAME=lo\nvae_epochs = 8\nnum_digits = 60\nlog_every = 1\nsave_minutes = 60\nvae_save_ckpt_freq = 100'
