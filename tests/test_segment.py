@@ -13,7 +13,7 @@ from mem_nb.labelled import LabelBatch, LabelledSet, label_path, labelled, list_
 from mem_nb.overlap import SegmentationScore, boundary_f, boundary_counts, confusion_matrix, overlap_scores
 from mem_nb.pipeline import command, steps_of
 from mem_nb.pyramid import build_segmenter, load_backbone, original_backbone, original_input, segmenter_optimizer
-from mem_nb.scenes import CLASSES, World, film, simulate_scenes
+from mem_nb.scenes import CLASSES, PATTERNS, Thing, World, film, paint, simulate_scenes
 from mem_nb.segment import load_segmenter, pixel_loss, poly_schedule, predict_frames, same_place, segment, window_places
 from mem_nb.segmented import predict_recording, recording_windows
 from mem_nb.state import read_log
@@ -157,6 +157,13 @@ def test_scenes_are_hard_for_single_pixels_and_the_same_again(tmp_path):
     still = World(camera_px_s=0, thing_px_s=0, turn_rad_s=0)
     assert (film(still, np.random.default_rng(0))[2].std(0)==0).all()                  # nothing moves: one map
     assert (film(World(things=(0,0)), np.random.default_rng(0))[2]==0).all()             # no things: ground
+
+@pytest.mark.parametrize('radius', [12.,20.])
+def test_a_pattern_is_as_wide_as_drawn_on_a_thing_of_any_size(radius):
+    surface = PATTERNS['square'](np.random.default_rng(0))
+    thing = Thing(CLASSES.index('square'), np.array([32.,48.]), np.zeros(2), radius, 0., 0., 0., surface)
+    picture,_ = paint([thing], np.zeros((128,192)), np.zeros(2), 0., (64,96))
+    assert np.allclose(picture[32,40:56], surface[0,np.arange(-8, 8)])                  # once it was sampled a radius apart, and was noise
 
 # ---- bad input: refused with the file and what to do
 def bad(folder, change, layout='recordings', classes=6, **kwargs):

@@ -1,5 +1,5 @@
 """What becomes of a job: on a real SLURM of two nodes, with a training that only counts, and at the end with the real one."""
-import hashlib, json, os, re, sys, time
+import hashlib, json, re, sys, time
 from pathlib import Path
 import pytest
 import slurm_cluster
