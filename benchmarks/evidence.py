@@ -29,7 +29,7 @@ ARMS = {                                    # what pretraining asks; same frames
     'hidden pixels (MAE)':       ['pt_hidden=1', 'pt_contrast=0'],
     'hidden tokens (MEM)':       ['pt_hidden=1', 'pt_contrast=0', 'mae=0']}
 FIRST = next(iter(ARMS))
-SCRATCH = ['class_min_steps=800']    # a third more steps with few labels; the configuration has its learning rate, and no layer decay
+SCRATCH = ['class_min_steps=1000']   # two thirds more steps with few labels; the configuration has its learning rate, and no layer decay
 SPEED = ['precision=bf16']           # a third faster on the processor it ran on; the configuration itself asks for fp32, which is fast everywhere
 PLAIN = ['representation=histogram', 'frame_fit=crop', 'input_H=32', 'input_W=32']   # frames that throw time away, as before
 SEEDS = [0,1,2,3,4]
