@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LUMA', 'GEOMETRIC', 'COLOR', 'OPS', 'flip_x', 'reverse_events', 'time_reverse', 'shift_events', 'drop_events',
            'slice_events', 'augment_events', 'warp_frames', 'join_maps', 'draw_tilt', 'affine_frames', 'affine_events',
-           'jitter_frames', 'color_jitter', 'draw_light', 'apply_op', 'draw_ops', 'apply_ops', 'ops_map',
-           'rand_augment']
+           'draw_bend', 'bend_events', 'jitter_frames', 'color_jitter', 'draw_light', 'apply_op', 'draw_ops',
+           'apply_ops', 'ops_map', 'rand_augment']
 
 # %% ../nbs/06_augment.ipynb #1cbcae64
 import math
@@ -15,7 +15,7 @@ from functools import reduce
 import torch
 import torch.nn.functional as F
 from .batches import EventBatch, keep
-from .frames import move_events, pixel_map
+from .frames import _spread_within, move_events, pixel_map
 
 # %% ../nbs/06_augment.ipynb #1b90a53a
 def _uniform(low, high, shape, generator, device):
@@ -167,6 +167,31 @@ def affine_events(
     "Rotate, scale and shift the events of each sample by the draw that `affine_frames` would make."
     tilt = draw_tilt(len(batch), batch.size, rotate_deg, scale, shift, generator).to(batch.x.device)
     return move_events(batch, pixel_map(tilt, batch.size))
+
+# %% ../nbs/06_augment.ipynb #be4d0002
+def draw_bend(
+    b:int,                      # samples
+    size:tuple,                 # sensor `(H, W)` in pixels
+    bend:float,                 # largest pull as a share of the size
+    generator:torch.Generator,  # source of chance
+    arrows:int=4,               # along each side
+) -> torch.Tensor:              # `(B, 2, arrows, arrows)` pixels, in x and y
+    "Draw a grid of arrows for each sample."
+    pull = torch.tensor([size[1],size[0]], device=generator.device)*bend
+    return _uniform(-1, 1, (b,2,arrows,arrows), generator, generator.device)*pull[:,None,None]
+
+def bend_events(
+    batch,              # events of B samples, packed or not
+    bend:torch.Tensor,  # `(B, 2, k, k)` pixels, from `draw_bend`
+) -> EventBatch:
+    "Move each event as the arrows around it say, smoothly; those that leave the sensor are dropped."
+    if hasattr(batch, 'unpack'): batch = batch.unpack()
+    h,w = batch.size
+    field = F.interpolate(bend.to(batch.x.device), (h,w), mode='bicubic', align_corners=True).permute(1,0,2,3).reshape(2,-1)
+    x,y = (v+.5+d for v,d in zip((batch.x,batch.y), _spread_within(batch)))       # an event lies anywhere in its pixel
+    place = batch.sample*(h*w) + batch.y*w + batch.x
+    x,y = ((v+f.index_select(0, place)).floor_().int() for v,f in zip((x,y), field))
+    return keep(replace(batch, x=x, y=y), (x>=0)&(x<w)&(y>=0)&(y<h))
 
 # %% ../nbs/06_augment.ipynb #b5edb324
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601: the original's colour operations read the channels as red, green, blue

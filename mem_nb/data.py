@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np, torch
 from .config import DataConfig, process_rank
 from .batches import PackedBatch
-from .augment import drop_events
+from .augment import bend_events, draw_bend, drop_events
 from .views import draw_changes, make_views
 from .store import EventStore
 
@@ -108,6 +108,7 @@ def make_frames(
     if generator is None: return make_views(batch, d, two=two_views)
     if d.event_drop: batch = drop_events(batch, d.event_drop, generator)
     own,total = batch.own                # every process draws for the whole batch, and keeps its part
+    if d.bend: batch = bend_events(batch, draw_bend(total, batch.size, d.bend, generator)[own])
     draws = draw_changes(total, batch.size, d, generator, jitter, saturation).part(own.start, own.stop)
     return make_views(batch, d, draws, two_views)
 

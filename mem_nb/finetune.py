@@ -66,15 +66,19 @@ def predict(
     batch_size:int=256,   # recordings at a time
     slices:int=1,         # slices of a recording, evenly from its beginning to its end; 1: its middle
     indices=None,         # which recordings; None: all
+    views:int=1,          # times each slice is seen: as it is, then augmented, always the same way
     shared:bool=False,    # among the processes of a training, which all call this
 ) -> torch.Tensor:        # `(n, classes)` probabilities, float32, on the CPU
-    "Class probabilities of every recording, averaged over slices; a recording no longer than a slice has one slice only."
+    "Class probabilities of every recording, averaged over slices and views; a recording no longer than a slice has one slice only."
     device = next(model.parameters()).device
-    say = lambda b: model(make_frames(b.to(device), data)).float().softmax(1)
-    def said(start):
+    def said(start, k):
+        "One look at all recordings; the first is not augmented."
+        generator = torch.Generator(device).manual_seed(k) if k else None
+        say = lambda b: model(make_frames(b.to(device), data, generator)).float().softmax(1)
         batches = eval_batches(store, indices, batch_size, data.slice_max_evs, start, shared)
         return rows_of_all([(say(b), b.own) for b in batches]).cpu() if shared else torch.cat([say(b).cpu() for b in batches])
-    return sum(said(u) for u in (np.linspace(0, 1, slices) if slices>1 else [.5]))/slices
+    starts = np.linspace(0, 1, slices) if slices>1 else [.5]
+    return sum(said(u, k) for u in starts for k in range(views))/(slices*views)
 
 # %% ../nbs/13_finetune.ipynb #a5d611b9
 def mix_frames(
@@ -197,13 +201,13 @@ def _loss(c, data, num_classes, weight):
 
 def _judges(c, train, val, data, chosen, seed, folder, settings):
     "Which recordings are trained on, how the model is validated, and how its final weights are chosen."
-    validate = lambda model: accuracy_metrics(predict(model, val, data, slices=c.slices, shared=True), torch.from_numpy(val.labels))
+    validate = lambda model: accuracy_metrics(predict(model, val, data, slices=c.slices, views=c.views, shared=True), torch.from_numpy(val.labels))
     if c.keep=='last': return chosen,validate,None
     aside = held_out(train.labels[chosen], seed) if c.keep=='held_out' else np.zeros(len(chosen), bool)
     def judge(model):
         found = {k:float(v) for k,v in validate(model).items()}
         if c.keep=='val': return found['accuracy'],found
-        own = accuracy_metrics(predict(model, train, data, slices=c.slices, indices=chosen[aside], shared=True), torch.from_numpy(train.labels[chosen[aside]]))
+        own = accuracy_metrics(predict(model, train, data, slices=c.slices, views=c.views, indices=chosen[aside], shared=True), torch.from_numpy(train.labels[chosen[aside]]))
         return float(own['accuracy'] - 1e-3*own['cross_entropy']),dict(found, held_out_accuracy=float(own['accuracy']))
     best = Best(folder, judge, settings)
     return chosen[~aside],best.look,best.choose

@@ -26,7 +26,7 @@ def answers(
 ) -> torch.Tensor: # `(n, classes)` probabilities
     "What a finished classifier of a run says, judged as it was when it was finetuned."
     model = load_classifier(cfg, len(val.classes), record['method'], record['labels'], record['seed'])
-    return predict(model.to(pick_device(cfg.run.device)), val, finetune_config(cfg).data, slices=cfg.finetune.slices)
+    return predict(model.to(pick_device(cfg.run.device)), val, finetune_config(cfg).data, slices=cfg.finetune.slices, views=cfg.finetune.views)
 
 def confusion(cfg, record, val, said=None):
     "Counts `(classes, classes)` of what a finetuned classifier says; a row is a true class. `said`: from `answers`, where it is known."

@@ -79,13 +79,14 @@ class DataConfig:
     scale:float = 0.                 # largest relative change of size in training
     translate:float = 0.             # largest shift of the frame in training, share of its size
     shear:float = 0.                 # largest slant in training: pixels along x for a pixel along y
+    bend:float = 0.                  # largest smooth bend in training: how far an event is moved, share of the sensor's size
     rand_aug:bool = True             # RandAugment in training
     geometry:str = 'events'          # what rotations, shears and shifts move: events (sharp) or frames (interpolated, as the original)
     original:tuple = ()              # defects of the original to reproduce: any of ORIGINAL; see notebooks 06b and 09
 
     choices = dict(frame_fit=('resize','crop','scale_crop'), representation=('histogram','voxel','stacked'), geometry=('events','frames'))
     positive = ('num_digits','num_scenes','input_H','input_W','slice_max_evs','voxel_bins','hotpix_num_stds','normalize_gain','gamma')
-    unit = ('val_fraction','window_overlap','event_drop','flip','time_flip','scale','translate','shear')
+    unit = ('val_fraction','window_overlap','event_drop','flip','time_flip','scale','translate','shear','bend')
 
     original_frames = property(lambda self: any(o!='epoch_schedule' for o in self.original))  # does any of them concern frames?
     in_chans = property(lambda self: dict(histogram=3, voxel=self.voxel_bins, stacked=2*self.voxel_bins)[self.representation])
@@ -197,6 +198,7 @@ class FinetuneConfig:
     balanced:bool = False            # weigh each class by the inverse of its number of labels
     keep:str = 'last'                # the weights that count: last, held_out (best on a fifth of the labels, not trained on) or val (best on validation, flattering)
     slices:int = 1                   # slices of a recording whose probabilities are averaged when it is judged
+    views:int = 1                    # times each slice is judged: as it is, then augmented as in training; their probabilities are averaged
     input_H:int = 0                  # frame height in pixels, where it is another than in pretraining; 0: the same
     input_W:int = 0                  # frame width in pixels, where it is another than in pretraining; 0: the same
     allow_overlap:bool = False       # go on although training or pretraining has seen validation recordings
@@ -208,7 +210,7 @@ class FinetuneConfig:
     checkpoint:str = ''              # start from these weights instead of the run's own encoder
 
     choices = dict(keep=('last','held_out','val'))
-    positive = ('epochs','batch_size','update_freq','lr','slices','save_ckpt_freq')
+    positive = ('epochs','batch_size','update_freq','lr','slices','views','save_ckpt_freq')
     unit = ('label_smoothing','dropout','ema_decay','layer_decay','scratch_layer_decay')
 
 # %% ../nbs/00_settings.ipynb #2785abb4

@@ -97,7 +97,7 @@ def check_fixed(
 ):
     "Raise ValueError naming every setting that would change a recording's frame from epoch to epoch."
     d,p = cfg.data,cfg.pretrain
-    names = [k for k in ('flip','time_flip','max_random_shift_evs','event_drop','rotate','scale','translate','shear') if getattr(d, k)]
+    names = [k for k in ('flip','time_flip','max_random_shift_evs','event_drop','rotate','scale','translate','shear','bend') if getattr(d, k)]
     if d.rand_aug and d.representation=='histogram': names.append('rand_aug')
     if d.frame_fit=='scale_crop': names.append('frame_fit = scale_crop')
     if p.color_jitter and not p.two_views: names.append('pt_color_jitter (without pt_two_views)')

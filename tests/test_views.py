@@ -2,7 +2,7 @@
 import random
 from dataclasses import replace
 import numpy as np, pytest, torch
-from mem_nb.augment import OPS, drop_events, slice_events
+from mem_nb.augment import OPS, bend_events, draw_bend, drop_events, slice_events
 from mem_nb.config import ORIGINAL, DataConfig, parse_config
 from mem_nb.data import make_frames
 from mem_nb.events import make_events, pack_events
@@ -63,6 +63,23 @@ def test_a_batch_gives_what_its_samples_give_and_chance_is_the_generators(way):
     assert torch.equal(make_frames(batch, d, seeded(5), .2), make_frames(batch, d, seeded(5), .2))
     assert torch.equal(make_frames(batch, d), make_frames(batch, d))         # defect 6: without a generator nothing is drawn
     assert torch.allclose(make_frames(batch, d), make_frames(batch.unpack(), d), atol=1e-6)
+
+@pytest.mark.parametrize('way', WAYS, ids=str)
+def test_bending_changes_every_kind_of_frame_and_is_the_generators(way):
+    d,(batch,_) = DataConfig(**ALL, **way, bend=.1),packed()
+    bent = make_frames(batch, d, seeded(5))
+    assert torch.isfinite(bent).all() and torch.equal(bent, make_frames(batch, d, seeded(5)))
+    assert not torch.equal(bent, make_frames(batch, replace(d, bend=0.), seeded(5)))
+
+def test_each_sample_of_a_batch_is_bent_alone():
+    batch,_ = packed()
+    bend = draw_bend(len(batch), SIZE, .2, seeded())
+    together = bend_events(batch, bend)
+    for i in range(len(batch)):
+        alone,part = bend_events(batch.part(i, i+1), bend[i:i+1]),together.part(i, i+1)
+        assert torch.equal(alone.x, part.x) and torch.equal(alone.y, part.y) and torch.equal(alone.t, part.t)
+    unbent = bend_events(batch, bend*0)
+    assert torch.equal(unbent.x, batch.unpack().x) and torch.equal(unbent.offsets, batch.offsets)
 
 def test_nothing_is_lost_where_nothing_moves_out():
     batch,each = packed((3000,500))
