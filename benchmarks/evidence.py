@@ -3,9 +3,10 @@
 python benchmarks/evidence.py --data <folder with Train/<digit>/<id>.bin> --json benchmarks/evidence.json
 
 Stop it at any moment; the same command goes on, and the records hold what is finished. `--seeds 0 1`, `--labels 50 100` and `--arms` do a part.
+With `--others <folder>` one arm is pretrained on recordings of other cameras (any formats, no labels), and never sees a digit before its labels.
 Nothing is tuned here: the recipes stand in configs/nmnist.conf and in ARMS, and were found on the training part (nbs/tutorials/recipes.ipynb).
 """
-import argparse, json
+import argparse, hashlib, json, shutil
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np
 from scipy import stats
@@ -13,9 +14,11 @@ from sklearn.linear_model import LogisticRegression
 from common import machine, record, table, write
 from mem_nb.config import load_config
 from mem_nb.data import all_frames
-from mem_nb.datasets import prepared
+from mem_nb.datasets import SUFFIXES, prepared
 from mem_nb.evaluate import frame_baselines, pretrained_encoder, simple_records
+from mem_nb.events import make_events
 from mem_nb.finetune import finetune_one, label_subset, run_name
+from mem_nb.formats import read_events, write_events
 from mem_nb.pretrain import pretrain
 from mem_nb.store import EventStore, split_hash
 from mem_nb.tokenizer import tokenizer
@@ -28,17 +31,44 @@ ARMS = {                                    # what pretraining asks; same frames
     'two views, hidden pixels':  ['pt_hidden=1', 'pt_contrast=0.1'],
     'hidden pixels (MAE)':       ['pt_hidden=1', 'pt_contrast=0'],
     'hidden tokens (MEM)':       ['pt_hidden=1', 'pt_contrast=0', 'mae=0']}
-FIRST = next(iter(ARMS))
+FIRST,OTHERS = next(iter(ARMS)),'two views, other cameras'
+ARMS[OTHERS] = ARMS[FIRST]                  # pretrained on what other cameras saw, finetuned on N-MNIST
 SCRATCH = ['class_min_steps=1000']   # two thirds more steps with few labels; the configuration has its learning rate, and no layer decay
 SPEED = ['precision=bf16']           # a third faster on the processor it ran on; the configuration itself asks for fp32, which is fast everywhere
 PLAIN = ['representation=histogram', 'frame_fit=crop', 'input_H=32', 'input_W=32']   # frames that throw time away, as before
 SEEDS = [0,1,2,3,4]
+WINDOW = 4000                                # events of a window of another camera, about as many as a recording of N-MNIST has
 GOALS = {50:85, 100:92, 600:98}
 SLUG = {arm:f'arm{i}' for i,arm in enumerate(ARMS)} | {'from scratch':'scratch'}
 
 def config_of(arm, args):
     "The configuration of one kind of pretraining; all share one store, and the tokenizer where it is asked for."
-    return load_config(CONF, [f'data_path={args.data}', f'runs_dir={args.runs}', 'expweek=evidence', f'expname={SLUG[arm]}', *SPEED, *ARMS.get(arm, SCRATCH), *args.set])
+    start = ['pt_skip=1', f'class_checkpoint={args.runs}/evidence/others/pretrain/final.safetensors'] if arm==OTHERS else []
+    return load_config(CONF, [f'data_path={args.data}', f'runs_dir={args.runs}', 'expweek=evidence', f'expname={SLUG[arm]}', *SPEED, *ARMS.get(arm, SCRATCH), *start, *args.set])
+
+def source_of(arm, args):
+    "The configuration that the encoder of an arm is pretrained under: its own, but for other cameras."
+    if arm!=OTHERS: return config_of(arm, args)
+    words = [f'data_path={other_cameras(args)}', 'data_set=recordings', 'split_file=', 'sensor_H=34', 'sensor_W=34', f'slice_max_evs={WINDOW}', 'window_overlap=0.5', 'val_fraction=0.05',
+             f'runs_dir={args.runs}', 'expweek=evidence', 'expname=others', 'class_methods=', *SPEED, *ARMS[arm], *args.set]
+    cfg,own = load_config(CONF, words),config_of(FIRST, args)
+    epochs = round(own.pretrain.epochs*len(stores(own)[0])/len(stores(cfg)[0]))      # as many steps as the other arms
+    return load_config(CONF, [*words, f'pt_epochs={epochs}'])
+
+def other_cameras(args):
+    "Folder of `args.others` cut into squares of 128 pixels, each scaled to N-MNIST's 34: a store holds one sensor, and a digit is as large as a hand."
+    files = sorted(p for p in Path(args.others).rglob('*') if p.suffix in SUFFIXES)
+    out = Path(args.runs)/'evidence'/f"others-{hashlib.sha256(repr([(p.name,p.stat().st_size) for p in files]).encode()).hexdigest()[:8]}"
+    if out.is_dir(): return out
+    half = out.with_suffix('.part')
+    shutil.rmtree(half, ignore_errors=True); half.mkdir(parents=True)
+    for p in files:
+        e = read_events(p)
+        tiles = (e['y'].astype(int)//128)*1000 + e['x']//128
+        for tile in np.unique(tiles):
+            own = e[tiles==tile]
+            if len(own)>=WINDOW: write_events(half/f'{p.stem}_{tile:06d}.bin', make_events(own['x']%128*34//128, own['y']%128*34//128, own['t']-own['t'][0], own['p']), (34,34))
+    return half.rename(out)
 
 def stores(cfg): return EventStore(folder := prepared(cfg)),EventStore(folder, 'val')
 
@@ -84,14 +114,14 @@ def frozen(arm, args):
         if 'features' in r['method'] or r['method']=='linear probe':
             yield {k:r[k] for k in ('labels','n_labels','seed','accuracy','split_hash','subset_hash')} | dict(method=f"{r['method'].removesuffix(' on features')}, {arm}")
 
-def pretrained(cfg): return is_done(cfg.folder/'pretrain')
+def pretrained(arm, args): return (arm!=OTHERS or bool(args.others)) and is_done(source_of(arm, args).folder/'pretrain')
 
 def collect(args):
     "Everything that is finished, read from disk."
     found = [*frames_records('frames', config_of(FIRST, args), args),
              *frames_records('counts', load_config(CONF, [f'data_path={args.data}', f'runs_dir={args.runs}', *PLAIN]), args)]
     for arm in ARMS:
-        if pretrained(config_of(arm, args)): found += [*frozen(arm, args), *trained(arm, args, True)]
+        if pretrained(arm, args): found += [*frozen(arm, args), *trained(arm, args, True)]
     return found + list(trained('from scratch', args, True))
 
 def difference(found, a, b, n):
@@ -131,7 +161,7 @@ def summary(found, costs):
 def costs(args):
     "Minutes of training that the logs of the finished parts hold."
     read = lambda folder: json.loads((folder/'log.jsonl').read_text().splitlines()[-1])['seconds']/60 if (folder/'log.jsonl').is_file() else None
-    out = {f'{step}, {arm}':read(config_of(arm, args).folder/step) for arm in ARMS for step in ('tokenizer','pretrain')}
+    out = {f'{step}, {arm}':read(source_of(arm, args).folder/step) for arm in ARMS if arm!=OTHERS or args.others for step in ('tokenizer','pretrain')}
     return {k:v for k,v in out.items() if v}
 
 def figure(found, path):
@@ -159,6 +189,7 @@ def save(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data', default='data/nmnist', help='folder with Train/<digit>/<id>.bin')
+    parser.add_argument('--others', help='folder of recordings of other cameras, for one more arm')
     parser.add_argument('--runs', default='runs', help='where the runs lie')
     parser.add_argument('--json', help='file for the records; the figure lies beside it')
     parser.add_argument('--seeds', type=int, nargs='+', default=SEEDS, help='draws of labels')
@@ -168,8 +199,9 @@ def main():
     parser.add_argument('--collect', action='store_true', help='train nothing, only write down what is finished')
     args = parser.parse_args()
     seeds = args.seeds
+    if OTHERS in args.arms and not args.others: args.arms.remove(OTHERS)
     for arm in [] if args.collect else args.arms:
-        cfg = config_of(arm, args)
+        cfg = source_of(arm, args)
         if not cfg.pretrain.mae: tokenizer(cfg)
         pretrain(cfg)
         for s in seeds:                      # the first arm beside scratch, draw after draw: stopped early, both have the same
