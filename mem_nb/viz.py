@@ -290,10 +290,11 @@ def show_label_curve(
     ax = _axes(ax, (5,3))
     table = [dict(r, n=r.get('n_labels', r['labels'])) for r in table]
     at = sorted({r['n'] for r in table})
-    for c,method in zip(LINES*9, dict.fromkeys(r['method'] for r in table)):
+    for k,method in enumerate(dict.fromkeys(r['method'] for r in table)):
+        c,line = LINES[k%len(LINES)],('o-','s--')[k//len(LINES)%2]   # more methods than colours: the next ones are dashed
         groups = {n: [100*r['accuracy'] for r in table if r['method']==method and r['n']==n] for n in at}
         x,mean,std = np.array([(n, np.mean(a), np.std(a, ddof=1) if len(a)>1 else 0.) for n,a in groups.items() if a]).T
-        ax.plot(x, mean, 'o-', color=c, label=method, markersize=4)
+        ax.plot(x, mean, line, color=c, label=method, markersize=4)
         ax.fill_between(x, mean-std, mean+std, color=c, alpha=.15, linewidth=0)
     ax.set_xscale('log'); ax.set_xticks(at, [f'{n:,}' for n in at]); ax.minorticks_off()
     ax.set(xlabel='labels', ylabel='accuracy (%)', title=title); ax.grid(axis='y'); ax.legend()

@@ -37,6 +37,7 @@ def run(
         views = [o['data'] for o in cell.get('outputs', ()) if VIEW in o.get('data', {})]
         for data in views: del data[VIEW]
         if views: cell.outputs = [o for o in cell.outputs if o.get('data') is None or 'image/png' in o['data'] or o['data'] not in views]
+        if 'outputs' in cell: cell.outputs = [o for o in cell.outputs if not o.get('text', '').startswith('findfont:')]   # a machine's fonts
     nb.metadata.pop('widgets', None)
     nbformat.write(nb, path)
     nbdev_clean(str(path))
