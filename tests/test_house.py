@@ -25,6 +25,11 @@ def code(path): return [c for c in cells(path) if c['cell_type']=='code']
 def outputs(path): return [o for c in code(path) for o in c['outputs']]
 def exported(path): return [c['source'] for c in code(path) if re.match(r'\s*#\|\s*export[is]?\b', c['source'])]
 
+def words(path):
+    "Words of prose, without blocks of code."
+    prose = '\n'.join(c['source'] for c in cells(path) if c['cell_type']=='markdown')
+    return len(re.findall(r"\w[\w'’-]*", re.sub(r'```.*?```', '', prose, flags=re.S)))
+
 def own_imports(tree):
     "(module, imported at the top level?) for each import of an own module; `from mem_nb import x` counts as x."
     top = set(map(id, tree.body))
@@ -101,18 +106,16 @@ def test_modules_are_short(path):
 
 @each(NUMBERED)
 def test_notebooks_show_and_tell(path):
-    words = sum(len(c['source'].split()) for c in cells(path) if c['cell_type']=='markdown')
     kinds = {kind for o in outputs(path) for kind in o.get('data', {})}
     assert re.match(r'# .+\n+> .+', cells(path)[0]['source']), f"{path.name} should open with a title and a subtitle"
-    assert words >= 150, f"{path.name}: {words} words of prose"
+    assert 200<=words(path)<=500, f"{path.name}: {words(path)} words of prose"
     assert kinds & {'image/png', 'image/svg+xml'}, f"{path.name}: no stored picture; `make notebooks` stores them"
 
 @each(TUTORIALS)
 def test_tutorials_tell_and_show_and_export_nothing(path):
-    words = sum(len(c['source'].split()) for c in cells(path) if c['cell_type']=='markdown')
     kinds = {kind for o in outputs(path) for kind in o.get('data', {})}
     assert re.match(r'# .+\n+> .+', cells(path)[0]['source']), f"{path.name} should open with a title and a subtitle"
-    assert words >= 150, f"{path.name}: {words} words of prose"
+    assert 200<=words(path)<=500, f"{path.name}: {words(path)} words of prose"
     assert kinds & {'image/png', 'image/svg+xml'}, f"{path.name}: no stored picture; `make notebooks` stores them"
     assert not exported(path) and not any('default_exp' in c['source'] for c in code(path)), f"{path.name} exports"
 
