@@ -194,9 +194,14 @@ def sincos_positions(
 def features(
     encoder:Beit,          # pretrained or finetuned
     frames:torch.Tensor,   # `(B, C, H, W)`
-) -> torch.Tensor:         # `(B, D)`
-    "One vector a frame: the mean of its patch tokens, normalised."
-    return encoder.forward_head(encoder.forward_features(frames), pre_logits=True)
+    cells:int=1,           # rows and columns of cells of a frame, each with a mean of its own
+) -> torch.Tensor:         # `(B, cells·cells·D)`
+    "One vector a frame: the mean of its patch tokens, normalised; with `cells` one after the other for each part of the frame."
+    tokens = encoder.forward_features(frames)
+    if cells==1: return encoder.forward_head(tokens, pre_logits=True)
+    h,w = (n//p for n,p in zip(frames.shape[-2:], encoder.patch_embed.patch_size))
+    grid = rearrange(tokens[:,1:], 'b (h w) d -> b d h w', h=h, w=w)
+    return encoder.fc_norm(rearrange(F.adaptive_avg_pool2d(grid, cells), 'b d h w -> b (h w) d')).flatten(1)
 
 # %% ../nbs/11_encoder.ipynb #a37af5d7
 def share_to_block_bias(

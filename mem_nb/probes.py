@@ -50,9 +50,9 @@ def frame_models(seed=0):
     return dict(knn=neighbors.KNeighborsClassifier(1), svm=svm.SVC(C=10, random_state=seed), logistic=linear_model.LogisticRegression(C=.1, max_iter=500))
 
 def feature_models(seed=0):
-    "Name -> what is fitted to standardised features: nearest neighbour and logistic regression."
-    models = {'knn on features':neighbors.KNeighborsClassifier(1), 'linear probe':linear_model.LogisticRegression(max_iter=2000, random_state=seed)}
-    return {k:pipeline.make_pipeline(preprocessing.StandardScaler(), m) for k,m in models.items()}
+    "Name -> what is fitted to standardised features: nearest neighbour by cosine, and logistic regression."
+    steps = {'knn on features':(preprocessing.Normalizer(), neighbors.KNeighborsClassifier(1)), 'linear probe':(linear_model.LogisticRegression(max_iter=2000, random_state=seed),)}
+    return {k:pipeline.make_pipeline(preprocessing.StandardScaler(), *s) for k,s in steps.items()}
 
 def judge_all(models, x, y, val_x, val_y):
     "Name -> what `judge` says of each."
@@ -88,14 +88,15 @@ def describe(
     device='cpu',       # where frames are made
     pixels=True,        # False leaves them out
     shared=False,       # among the processes of a training, which all call this; features only
-) -> tuple:             # pixels `(n, P)` and features `(n, D)`; None for what is not wanted
+    cells=1,            # rows and columns of cells of a frame, whose features are told apart
+) -> tuple:             # pixels `(n, P)` and features `(n, cells·cells·D)`; None for what is not wanted
     "Pixels and features of recordings."
     seen,found = [],[]
     for batch in eval_batches(store, indices, 128, data.slice_max_evs, shared=shared):
         frames = make_frames(batch.to(device), data)
         if pixels: seen.append(small_frames(frames))
         if encoder is None: continue
-        f = features(encoder, frames).float()
+        f = features(encoder, frames, cells).float()
         found.append((f, batch.own) if shared else f.cpu())
     whole = (rows_of_all(found).cpu() if shared else torch.cat(found)).numpy() if found else None
     return np.concatenate(seen) if seen else None, whole

@@ -50,7 +50,7 @@ def simple_records(
     if not draws: return []
     used = np.unique(np.concatenate([own for *_,own in draws]))
     wanted = lambda models: {k:m for k,m in models.items() if not only or k in only}
-    (x,f),(val_x,val_f) = (describe(s, cfg.data, encoder, i, device, pixels=bool(wanted(frame_models()))) for s,i in ((train,used),(val,None)))
+    (x,f),(val_x,val_f) = (describe(s, cfg.data, encoder, i, device, bool(wanted(frame_models())), cells=cfg.finetune.probe_cells) for s,i in ((train,used),(val,None)))
     for n,seed,own in draws:
         at,y = np.searchsorted(used, own),train.labels[own]
         found = {} if only and 'majority' not in only else dict(majority=dict(accuracy=majority(y, val.labels)))

@@ -199,6 +199,7 @@ class FinetuneConfig:
     keep:str = 'last'                # the weights that count: last, held_out (best on a fifth of the labels, not trained on) or val (best on validation, flattering)
     slices:int = 1                   # slices of a recording whose probabilities are averaged when it is judged
     views:int = 1                    # times each slice is judged: as it is, then augmented as in training; their probabilities are averaged
+    probe_cells:int = 1              # rows and columns of cells, of each of which frozen features are the mean
     input_H:int = 0                  # frame height in pixels, where it is another than in pretraining; 0: the same
     input_W:int = 0                  # frame width in pixels, where it is another than in pretraining; 0: the same
     allow_overlap:bool = False       # go on although training or pretraining has seen validation recordings
@@ -210,7 +211,7 @@ class FinetuneConfig:
     checkpoint:str = ''              # start from these weights instead of the run's own encoder
 
     choices = dict(keep=('last','held_out','val'))
-    positive = ('epochs','batch_size','update_freq','lr','slices','views','save_ckpt_freq')
+    positive = ('epochs','batch_size','update_freq','lr','slices','views','probe_cells','save_ckpt_freq')
     unit = ('label_smoothing','dropout','ema_decay','layer_decay','scratch_layer_decay')
 
 # %% ../nbs/00_settings.ipynb #2785abb4

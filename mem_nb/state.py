@@ -100,7 +100,7 @@ def weights_hash(path) -> str:
 
 # %% ../nbs/08_state.ipynb #6b5c0019
 NOT_OF_THE_RESULT = {'save_ckpt_freq','knn_epochs','allow_overlap','skip','checkpoint','data_path','store_path','split_file','methods','labels','seeds',
-                     'checkpointing','token_cache','path','names','validate_every','overlap'}
+                     'checkpointing','token_cache','path','names','validate_every','overlap','probe_cells'}
 
 def step_settings(
     cfg:Config,        # configuration

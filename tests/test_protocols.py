@@ -14,10 +14,10 @@ from mem_nb.metrics import accuracy_metrics, calibration_error, interval, reliab
 from mem_nb.mistakes import worst
 from mem_nb.pipeline import command
 from mem_nb.pretrain import pretrain
-from mem_nb.probes import judge, frame_models, knn_signal
-from mem_nb.protocols import PROTOCOLS, few_labels, linear_probe
+from mem_nb.probes import describe, judge, frame_models, knn_signal
+from mem_nb.protocols import PROTOCOLS, few_labels, linear_probe, pretrained_encoder, simple_records
 from mem_nb.splits import check_labels, check_overlap, coverage, draw_labels, label_subset, listed_subset, save_list
-from mem_nb.state import load_weights, read_log
+from mem_nb.state import check_settings, load_weights, read_log, step_settings
 from mem_nb.store import EventStore, split_hash
 
 FAST = ['num_digits=80', 'mae=1', 'pt_epochs=2', 'pt_batch_size=32', 'pt_knn_epochs=1', 'class_epochs=2', 'class_update_freq=1', 'class_labels=2/class', 'class_seeds=0 1']
@@ -193,6 +193,17 @@ def test_each_protocol_is_a_command_and_prints_the_fingerprint(run, capsys):
     seen = {}
     for r in few_labels(cfg): seen.setdefault(r['seed'], set()).add(r['subset_hash'])
     assert [len(v) for v in seen.values()]==[1,1]
+
+def test_features_of_cells_are_asked_without_training_anew(run):
+    "Probes see nine vectors a frame whose mean is the one of before (but for the norm after it); what is finetuned stays finished."
+    cfg,train,val = run
+    cells = replace(cfg, finetune=replace(cfg.finetune, probe_cells=3))
+    encoder = pretrained_encoder(cfg)
+    wide = describe(val, cfg.data, encoder, pixels=False, cells=3)[1]
+    assert wide.shape==(len(val), 9*describe(val, cfg.data, encoder, pixels=False)[1].shape[1]) and not np.allclose(wide[:,:32], wide[:,-32:])
+    records = simple_records(cells, train, val, encoder, only=('linear probe',))
+    assert {r['seed'] for r in records}=={0,1}
+    check_settings(step_settings(cfg, 'finetune'), step_settings(cells, 'finetune'), 'here')
 
 def test_runs_are_compared_draw_by_draw_or_not_at_all(run, tmp_path, capsys):
     cfg,_,_ = run
