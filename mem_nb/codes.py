@@ -9,8 +9,8 @@ __all__ = ['gumbel_noise', 'gumbel_weights', 'kl_to_uniform', 'usage_loss', 'usa
 import math
 import torch, torch.distributed as dist, torch.nn.functional as F
 from torch import nn
-from torch.distributed.nn.functional import all_reduce
 from torch.utils.checkpoint import checkpoint
+from .shard import summed
 
 # %% ../nbs/08c_codes.ipynb #2b179f0f
 def gumbel_noise(shape, generator=None, device=None):
@@ -74,7 +74,7 @@ def _draw(rows, head, codebook, temperature, straight_through, seeds):
 
 def _mean_of_all(x):
     "Mean over the processes that share a batch; its gradient reaches all of them."
-    return all_reduce(x)/dist.get_world_size()
+    return summed(x)/dist.get_world_size()
 
 def draw_codes(
     x:torch.Tensor,                  # `(B, width, h, w)` what the encoder made of the frames

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 import torch
 from timm.layers import DropPath
 from torch import nn
-from .config import process_rank
 
 # %% ../nbs/07d_droppath.ipynb #d40b0006
 class DrawnPath(DropPath):
@@ -33,12 +32,12 @@ def drop_paths(
 @contextmanager
 def paths_drawn(
     paths:list,  # from `drop_paths`
-    n:int,       # samples that this process has; all have as many
+    own:slice,   # which samples of the whole batch this process has
+    total:int,   # samples of the whole batch
     generator,   # the same in all processes
 ):
     "Meanwhile, forward and backward pass take these draws; a batch may hold each sample twice (first views, then second ones)."
-    rank,world = process_rank()
-    u = torch.rand((len(paths), 2, n*world), generator=generator, device=generator.device)[:,:,rank*n:(rank+1)*n].flatten(1)
+    u = torch.rand((len(paths), 2, total), generator=generator, device=generator.device)[:,:,own].flatten(1)
     for m,own in zip(paths, u): m.keep = (own<1-m.drop_prob)/((1-m.drop_prob) or 1)
     try: yield
     finally:

@@ -63,7 +63,7 @@ class MaskedEventModel(nn.Module):
         "Logits `(mask.sum(), K)` of the hidden patches, frame after frame (None if not `hidden`); with `contrast` also vectors `(B, P)`, of all processes together."
         x = self.forward_features(frames, mask)[:,1:]
         logits = self.head(x[mask]) if hidden else None
-        return (logits, self.project(views_of_all(x[~mask].view(len(x), -1, x.shape[-1]).mean(1)))) if contrast else logits
+        return (logits, views_of_all(self.project(x[~mask].view(len(x), -1, x.shape[-1]).mean(1)))) if contrast else logits
 
 # %% ../nbs/12_pretrain.ipynb #55c5ab6e
 class MaskedAutoencoder(nn.Module):
@@ -112,7 +112,7 @@ class MaskedAutoencoder(nn.Module):
         "Pixels `(mask.sum(), patch*patch*C)` of the hidden patches (None if not `hidden`); with `contrast` also vectors `(B, P)`, of all processes together."
         seen = self.encode(frames, mask)
         pixels = self.paint(seen, mask)[mask] if hidden else None
-        return (pixels, self.project(views_of_all(seen[:,1:].mean(1)))) if contrast else pixels
+        return (pixels, views_of_all(self.project(seen[:,1:].mean(1)))) if contrast else pixels
 
 # %% ../nbs/12_pretrain.ipynb #dc037ebe
 @dataclass

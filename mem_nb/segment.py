@@ -11,7 +11,6 @@ __all__ = ['PHOTOMETRIC', 'pad_to', 'same_place', 'recolour_frames', 'training_p
 from dataclasses import dataclass, replace
 import numpy as np, torch, torch.nn.functional as F
 from torch import nn
-from torch.distributed.nn.functional import all_reduce
 from .config import Config, DataConfig, process_rank
 from .augment import COLOR, OPS, apply_ops
 from .recolour import loop_ops
@@ -107,7 +106,7 @@ def dice_loss(
     p = logits.float().softmax(1)*valid
     true = F.one_hot(maps.long().clamp(max=logits.shape[1]-1), logits.shape[1]).permute(0,3,1,2)*valid
     sums = torch.stack([(p*true).sum((0,2,3)), (p+true).sum((0,2,3)), true.sum((0,2,3)).to(p)])
-    both,size,there = all_reduce(sums) if torch.distributed.is_initialized() else sums      # its gradient reaches all
+    both,size,there = summed(sums)
     there = there>0
     return ((1-2*both/size.clamp(min=1e-6))*there).sum()/there.sum().clamp(min=1)
 
@@ -280,14 +279,13 @@ def segment_one(
     seed:int,            # of the draw, the decoder, order and augmentation
 ) -> dict:               # method, labels, n_labels, seed, miou, accuracy, mean_accuracy, boundary_f, iou_<class>, steps, seconds
     "Train once; raises FileNotFoundError where the pretrained weights are missing, ValueError where they do not fit."
-    g,world,scratch = cfg.segment,process_rank()[1],method=='scratch'
+    g,scratch = cfg.segment,method=='scratch'
     chosen = frame_subset(len(train), labels, seed)
     torch.manual_seed(seed)
     model = build_segmenter(cfg)
     if not scratch: load_backbone(model, start_path(cfg), cfg.grid)
-    share = g.batch_size//g.update_freq//world
-    if g.norm=='batch' and share<2: raise ValueError(f"seg_norm = batch needs 2 frames or more a process and pass, this is {share}; set seg_norm = group, or a larger seg_batch_size")
-    if g.norm=='batch' and world>1 and torch.cuda.is_available() and cfg.run.device!='cpu': model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    share = g.batch_size//g.update_freq
+    if g.norm=='batch' and share<2: raise ValueError(f"seg_norm = batch needs 2 frames or more a pass, this is {share}; set seg_norm = group, or a larger seg_batch_size")
     weights = rarity_weights(train.pixels(g.classes, g.ignore)) if g.class_weights else None
     names,settings = class_names(cfg),_segment_settings(cfg, train, chosen, method, labels, seed)
     metrics = fit(model, _loss(cfg, model, weights), label_batches(train, chosen, max(1, g.batch_size//g.update_freq), seed, cfg.data.slice_max_evs, cfg.run.num_workers),

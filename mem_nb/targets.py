@@ -11,7 +11,6 @@ __all__ = ['filled_patches', 'mean_of_all', 'counted_mean', 'frozen_tokens', 'ma
 from math import isqrt
 import torch, torch.distributed as dist, torch.nn.functional as F
 from torch import nn
-from torch.distributed.nn.functional import all_gather
 from .config import Config
 from .encoder import to_patches
 from .masking import patch_events
@@ -142,15 +141,13 @@ def projector(
     "What turns the mean of the visible patches into the vector of `contrast_loss` (SimCLR, arXiv 2002.05709)."
     return nn.Sequential(nn.Linear(width, 4*width), nn.BatchNorm1d(4*width), nn.ReLU(), nn.Linear(4*width, out))
 
-@torch.compiler.disable
-def _gathered(x): return torch.cat(all_gather(x.float().contiguous()))
-
 def views_of_all(
     x:torch.Tensor,  # `(2B, D)` one row for each frame of this process: its first views, then its second ones
 ) -> torch.Tensor:   # the same of all processes of a training step, all of which call this; gradients reach all of them
-    "Strangers are those of the whole batch, and so are the statistics of `projector`."
+    "Strangers are those of the whole batch."
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size()==1: return x
-    return torch.cat([_gathered(v) for v in x.chunk(2)])
+    rank,world,n = dist.get_rank(),dist.get_world_size(),len(x)//2
+    return torch.cat([summed(F.pad(v, (0,0,rank*n,(world-1-rank)*n))) for v in x.float().chunk(2)])
 
 def contrast_loss(
     first:torch.Tensor,    # `(B, P)` one view of each recording

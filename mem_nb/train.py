@@ -26,7 +26,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from .config import RunConfig, Stopped, on_signals, process_rank
 from .droppath import drop_paths, paths_drawn
-from .shard import first_says, opened, share_out
+from .shard import first_says, opened, share_norms, share_out
 from .speed import compile_model, cpu_has_bf16, keep_memory, written_out_attention
 from .store import locked
 from .state import (NOT_OF_THE_RESULT, TrainingState, append_log, atomic, check_settings, final_metrics, finish, has_state, is_done,
@@ -115,6 +115,11 @@ def check_finite(
     raise FloatingPointError(f"loss {float(loss):.4g}, gradient norm {float(norm):.4g}{scaled}")
 
 # %% ../nbs/08b_train.ipynb #a5c87c7d
+def _own(batch, acc):
+    "Which rows of the whole batch are here, of how many; a batch that does not say is one of equal shares."
+    n,rank = len(batch),acc.process_index
+    return getattr(batch, 'own', (slice(rank*n, (rank+1)*n), n*acc.num_processes))
+
 def train_step(
     acc:Accelerator,        # device and precision
     state:TrainingState,    # changed in place
@@ -124,15 +129,16 @@ def train_step(
     seed:int,               # of the run
     accumulate:int=1,       # batches a step
     grad_clip:float=0.,     # largest gradient norm; 0: none
+    paths:list=(),          # from `drop_paths` of the model
 ) -> tuple:                 # ({name: tensor}, samples seen)
     "Forward, backward and one update; raises FloatingPointError, before the update, where it would ruin the weights."
     for g in state.optimizer.param_groups: g['lr'] = lr*g.get('lr_scale', 1.)
-    totals,samples,paths = {},0,drop_paths(state.model)
+    totals,samples = {},0
     for i in range(accumulate):
         batch = next(batches).to(acc.device)
         number = seed,state.step*accumulate+i
         generator,skips = step_generator(*number, acc.process_index, acc.device),torch.Generator(acc.device).manual_seed(step_seed(*number, 0, 2))
-        with acc.no_sync(loss_fn) if i<accumulate-1 else nullcontext(), paths_drawn(paths, len(batch), skips):   # gradients are shared once a step
+        with acc.no_sync(loss_fn) if i<accumulate-1 else nullcontext(), paths_drawn(paths, *_own(batch, acc), skips):   # gradients are shared once a step
             with acc.autocast(): loss,metrics = loss_fn(batch, state.step, generator)
             acc.backward(loss/accumulate)
         samples += len(batch)
@@ -230,6 +236,8 @@ def _start(self:Trainer):
     self.folder.mkdir(parents=True, exist_ok=True)
     self.acc = make_accelerator(self.run)
     if self.acc.device.type=='cpu' and self.acc.mixed_precision=='bf16': written_out_attention(self.model)
+    self.paths = drop_paths(self.model)
+    if self.acc.num_processes>1: share_norms(self.model)
     if self.run.compile: compile_model(self.model)
     self.loss,ema = Loss(self.model.train().to(self.acc.device), self.loss_fn),None
     if self.ema_decay: ema = ModelEmaV3(self.model, decay=self.ema_decay, use_warmup=True)
@@ -252,7 +260,7 @@ def _start(self:Trainer):
 def _step(self:Trainer, todo, bar):
     "One update, and what is due after it: a line of the log, a validation, a saved state."
     state,lr = self.state,self.lr_at(self.state.step)
-    new,samples = train_step(self.acc, state, self.loss, todo, lr, self.run.seed, self.accumulate, self.grad_clip)
+    new,samples = train_step(self.acc, state, self.loss, todo, lr, self.run.seed, self.accumulate, self.grad_clip, self.paths)
     before,self.now = self.now,time.time()
     state.add(dict(new, images=samples*self.acc.num_processes, time=self.now-before))
     bar.update()

@@ -113,10 +113,12 @@ class Maps:
 def judged():
     "Every validation of untrained models, shared by the processes there are; all of them must know what the first knows."
     from mem_nb.config import load_config, process_rank
+    from mem_nb.encoder import build_encoder
     from mem_nb.finetune import build_classifier, predict
     from mem_nb.metrics import accuracy_metrics
     from mem_nb.pretrain import build_model, pretrain_task
     from mem_nb.probes import knn_signal
+    from mem_nb.pyramid import Segmenter
     from mem_nb.segment import score_numbers, segmentation_score
     from mem_nb.shard import first_says
     from mem_nb.tokenizer import load_tokenizer, tokenizer_metrics
@@ -127,7 +129,8 @@ def judged():
     task = pretrain_task(cfg); task.batch_size = 8; val = task.val
     torch.manual_seed(0)
     found,model = dict(samples=len(val)),build_classifier(cfg, 10, head_scale=1.).eval()
-    pixels = torch.nn.Conv2d(3, 4, 3, padding=1); pixels.classes,pixels.window = 4,None
+    pixels = Segmenter(build_encoder((24,32), 8, width=24, depth=4, heads=2, shared_bias=False), 4, (1,2,3,4), 16, 8).eval()
+    pixels.head[1].weight.data.mul_(50)                                               # else it says the same everywhere
     with torch.no_grad():
         found['tokenizer'] = tokenizer_metrics(load_tokenizer(cfg), val, cfg.data, torch.zeros(3,32,32), batch_size=8, shared=True)
         found['finetune'] = accuracy_metrics(predict(model, val, cfg.data, 8, slices=2, shared=True), torch.from_numpy(val.labels))

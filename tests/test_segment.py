@@ -16,7 +16,7 @@ from mem_nb.pyramid import build_segmenter, load_backbone, original_backbone, or
 from mem_nb.scenes import CLASSES, PATTERNS, Thing, World, film, paint, simulate_scenes
 from mem_nb.segment import load_segmenter, pixel_loss, poly_schedule, predict_frames, same_place, segment, window_places
 from mem_nb.segmented import predict_recording, recording_windows
-from mem_nb.state import read_log
+from mem_nb.state import read_log, read_state
 from mem_nb.status import finished, run_status
 
 CONF = """
@@ -432,19 +432,37 @@ def test_two_processes_count_and_weigh_as_one(tmp_path):
     done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', 'two.py'], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.stdout.count('as one')==2, done.stderr[-2000:]
 
-COMMAND = "import sys; from mem_nb.pipeline import command\nfor words in sys.argv[1:]: command('segment', 'x.conf', words.split())"
+COMMAND = """
+import os, signal, sys
+from mem_nb import train
+from mem_nb.config import process_rank
+from mem_nb.pipeline import command
+step,dies = train.train_step,sys.argv[1]=='die'
+def train_step(acc, state, *args):
+    if dies and state.step==3 and process_rank()[0]==1: os.kill(os.getpid(), signal.SIGKILL)
+    return step(acc, state, *args)
+train.train_step = train_step
+for words in sys.argv[2:]: command('segment', 'x.conf', words.split())
+"""
 
 def test_two_processes_and_a_model_shared_out_take_the_steps_of_one(tmp_path, monkeypatch):
+    "Batch norm and group norm; killed, what is shared out goes on to the same bits."
     monkeypatch.chdir(tmp_path)
     Path('x.conf').write_text(CONF); Path('run.py').write_text(COMMAND)
-    words = 'seg_methods=scratch seg_steps=4 seg_norm=group seg_dropout=0 log_every=1'
-    command('segment', 'x.conf', f'{words} expname=one'.split())
+    words = 'seg_methods=scratch seg_steps=4 seg_dropout=0 log_every=1 seg_save_ckpt_freq=2'
+    for norm in ('batch','group'): command('segment', 'x.conf', f'{words} seg_norm={norm} expname=one_{norm}'.split())
     env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', TQDM_DISABLE='1')
-    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', 'run.py', f'{words} expname=two',
-                           f'{words} expname=cut shard=1'], env=env, capture_output=True, text=True, timeout=300)
+    def two(*said):
+        return subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', 'run.py', *said],
+                              env=env, capture_output=True, text=True, timeout=600)
+    runs = {f'{name}_{norm}':f'{words} seg_norm={norm} expname={name}_{norm} shard={shard}' for norm in ('batch','group') for name,shard in (('two',0),('cut',1))}
+    done = two('live', *runs.values())
     assert done.returncode==0, done.stderr[-3000:]
-    logs = {n:read_log(next(Path('runs', n, 'segment').glob('*/final.json')).parent) for n in ('one','two','cut')}
-    for name in ('two','cut'):
-        for a,b in zip(logs['one'], logs[name], strict=True):
-            assert b['loss']==pytest.approx(a['loss'], rel=1e-4), (name, a['step'])
-        assert logs[name][-1]['val_miou']==pytest.approx(logs['one'][-1]['val_miou'], abs=1e-3)
+    folder = lambda name: Path('runs', name, 'segment', 'scratch_8_seed0')
+    for name in runs:
+        want,logs = (read_log(folder(n)) for n in (f"one_{name.split('_')[1]}", name))
+        for a,b in zip(want, logs, strict=True): assert b['loss']==pytest.approx(a['loss'], rel=1e-5 if a['step']==1 else 1e-4), (name, a['step'])
+        assert logs[-1]['val_miou']==pytest.approx(want[-1]['val_miou'], abs=1e-3)
+    again = runs['cut_batch'].replace('expname=cut_batch', 'expname=killed')
+    assert two('die', again).returncode and read_state(folder('killed')/'last'/'state.pt')['step']==2 and two('live', again).returncode==0
+    assert (folder('killed')/'final.safetensors').read_bytes()==(folder('cut_batch')/'final.safetensors').read_bytes()
