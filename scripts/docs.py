@@ -155,7 +155,7 @@ def stored_picture(path, cell_id) -> bytes:
 def gallery(folder):
     "The pictures that docs/gallery.json names, with the notebooks that draw them."
     folder.mkdir(parents=True, exist_ok=True)
-    out = ['# Gallery', '', 'Drawn by the notebooks; each title leads to the one that draws it.']
+    out = ['# Gallery', '', 'Drawn by the notebooks; below each picture stands the one that draws it.']
     for k in json.loads((ROOT/'docs'/'gallery.json').read_text(encoding='utf-8')):
         path = ROOT/'nbs'/f"{k['notebook']}.ipynb"
         name = f"{path.stem}_{k['cell']}.png"
