@@ -11,7 +11,7 @@ import argparse, os, sys, time, warnings
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
-from .config import Config, config_text, load_config, on_signals, parse_config, process_rank, save_config, Stopped
+from .config import Config, config_text, in_words, load_config, on_signals, parse_config, process_rank, save_config, Stopped
 
 # %% ../nbs/18_pipeline.ipynb #7ae083f1
 STEPS = dict(prepare='mem_nb.datasets', tokenizer='mem_nb.tokenizer', pretrain='mem_nb.pretrain', finetune='mem_nb.finetune',
@@ -42,7 +42,7 @@ def _told(folder, step):
     except Exception as e:
         with suppress(OSError):
             if not isinstance(e, Stopped):
-                with open(note, 'x') as f: f.write(f'{step}: {e}')
+                with open(note, 'x') as f: f.write(f'{step}: {in_words(e)}')
         raise
 
 def run_step(
@@ -118,7 +118,7 @@ def watch(
         try: states = status.job_states([j['job'] for r in runs for j in status.noted_jobs(r)])
         except OSError as e: states = print(f'{e}; so from the files alone:')
         return print(status.status_text([status.run_status(r, *_asked(r), states) for r in runs if _conf_of(r)]))
-    if len(runs)>1: raise ValueError(f"{word or 'that'!r} means {len(runs)} runs; name one: {', '.join(map(str, runs[:8]))}")
+    if len(runs)>1: raise ValueError(f"{repr(word) if word else f'`mem_nb {what}` without a name'} means {len(runs)} runs; name one: {', '.join(map(str, runs[:8]))}")
     if what=='logs': print(status.logs(runs[0], n))
     else: print(f"told to end: job {', '.join(status.cancel(runs[0]))}; what runs saves first, and `mem_nb run … --slurm` continues")
 
@@ -279,4 +279,4 @@ def main(
     except Stopped as e: print(e, flush=True); sys.exit(75)
     except (KeyError, ValueError, OSError, ImportError, FloatingPointError) as e:
         if os.environ.get('MEM_NB_TRACEBACK'): raise
-        sys.exit(f'mem_nb {args.step}{who}: {e.args[0] if isinstance(e, KeyError) else e}')
+        sys.exit(f'mem_nb {args.step}{who}: {in_words(e)}')

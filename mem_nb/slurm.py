@@ -127,7 +127,7 @@ def write_job(
     try:
         conf = keep_text(place, f'{step}.conf', config_text(cfg))
         return keep_text(place, f'{step}.sh', batch_text(slurm or cfg.slurm, step, conf, snapshot(place), folder))
-    except OSError as e: raise OSError(f"cannot write into the run folder {cfg.folder}: {e.strerror.lower()}; runs_dir = … says where runs lie") from None
+    except OSError as e: raise OSError(f"cannot write into the run folder {cfg.folder}: {(e.strerror or str(e)).lower()}; runs_dir = … says where runs lie") from None
 
 # %% ../nbs/17_slurm.ipynb #cb4f294d
 ABOUT = {'partition':'slurm_partition', 'account':'slurm_account', 'qos|quality of service':'slurm_qos', 'generic resource|gres':'gpu_num, gpu_vram',

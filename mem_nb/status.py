@@ -178,7 +178,7 @@ def run_status(
         state = 'running' if who else 'new' if step in ('prepare',*steps[:1]) and p['state']=='new' else 'stopped'
         why = f'process {who}' if who else f'quiet for {duration(quiet)}; the same command continues' if quiet is not None else ''
     note = folder/'failed.txt'
-    if state in ('stopped','failed','new') and note.is_file(): state,why = 'failed',note.read_text().splitlines()[0]
+    if state in ('stopped','failed','new') and note.is_file(): state,why = 'failed',(note.read_text().splitlines() or ['it could not say why; is the disk full?'])[0]
     return dict(run='/'.join(folder.parts[-2:]), state=state, step=step or '', **{k:p[k] for k in ('at','of','loss','images_s')},
                 left=p['left'] if state=='running' else None, why=why)
 

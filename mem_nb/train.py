@@ -10,7 +10,7 @@ __all__ = ['SCALE_FLOOR', 'PROGRESS_MINUTES', 'SHOWN', 'step_seed', 'step_genera
            'written_out_attention', 'write_json']
 
 # %% ../nbs/08b_train.ipynb #e2f1dfd0
-import hashlib, os, time
+import hashlib, os, signal, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -154,9 +154,12 @@ def train_step(
 # %% ../nbs/08b_train.ipynb #f77691f6
 @contextmanager
 def listening():
-    "Note the signals USR1 and TERM while the loop runs, instead of dying of them; gives the list of those that came."
+    "Note the signals USR1, TERM and INT (Ctrl-C) while the loop runs, instead of dying of them; gives the list of those that came. A second Ctrl-C interrupts."
     came = []
-    with on_signals(lambda number,frame: came.append(number)): yield came
+    def note(number, frame):
+        if number==signal.SIGINT and number in came: raise KeyboardInterrupt
+        came.append(number)
+    with on_signals(note, 'SIGINT'): yield came
 
 # %% ../nbs/08b_train.ipynb #716aaf54
 class Loss(nn.Module):

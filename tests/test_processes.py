@@ -102,6 +102,33 @@ def averaged():
     fit(model, lambda m, batch, step, generator: (m(batch.x).square().mean(), {}), lambda start,stop: (Points(frames) for _ in range(start, stop)), 4, 'averaged',
         torch.optim.AdamW(model.parameters()), lambda k: 1e-2, RunConfig(device='cpu', precision='fp32', shard=True, log_every=1), ema_decay=.5, validate=validate, validate_every=1)
 
+class Tiny(torch.nn.Module):
+    "A convolution, a batch norm, two blocks."
+    def __init__(self):
+        super().__init__()
+        self.stem,self.norm = torch.nn.Conv2d(3, 8, 3, bias=False),torch.nn.BatchNorm2d(8)     # a bias would move by rounding alone
+        self.blocks = torch.nn.ModuleList([torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU()) for _ in range(2)])
+    def forward(self, x):
+        x = self.norm(self.stem(x)).relu().mean((2,3))
+        for b in self.blocks: x = x+b(x)
+        return x
+
+def compiled(folder, how, dies=None):
+    "Batch norm, averaged weights, `shard` and `compile` together, or without; how many graphs were compiled."
+    import signal
+    from mem_nb.config import RunConfig, process_rank
+    from mem_nb.train import fit
+    from test_train import Points
+    torch.set_num_threads(1); torch.manual_seed(0); torch._dynamo.reset(); torch._dynamo.utils.counters.clear()
+    rank,world = process_rank()
+    frames = lambda k: Points(torch.rand(8, 3, 10, 10, generator=torch.Generator().manual_seed(k))[rank*8//world:(rank+1)*8//world])
+    model = Tiny()
+    if dies: at_step(dies, lambda: os.kill(os.getpid(), signal.SIGKILL), 1)
+    fit(model, lambda m, batch, step, generator: ((m(batch.x)-batch.x.mean((1,2,3))[:,None]).square().mean(), {}), lambda start,stop: map(frames, range(start, stop)), 12, folder,
+        torch.optim.AdamW(model.parameters()), lambda k: 1e-2, RunConfig(device='cpu', precision='fp32', log_every=1, **how), save_every=4, ema_decay=.5,
+        validate=lambda m: dict(loss=m(frames(99).x).square().mean()), validate_every=6)
+    return torch._dynamo.utils.counters['stats']['unique_graphs']
+
 class Maps:
     "Seventeen random pictures with label maps, as `LabelledSet` gives them."
     pictures,maps = torch.randint(0, 256, (17,3,24,32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)),torch.arange(17*24*32).view(17,24,32)//97%4
@@ -175,6 +202,11 @@ def scenes(out):
     try: launch(sparse, 2, 'sparse', 9)
     except RuntimeError: told['sparse'] = read_state('sparse/last/state.pt')['step']
     launch(sparse, 2, 'sparse')
+    both = dict(shard=True, compile=True)
+    told['graphs'] = [launch(compiled, 1, 'plain', {}), launch(compiled, 2, 'both', both)]
+    try: launch(compiled, 2, 'both_killed', both, 6)
+    except RuntimeError: told['both_killed'] = read_state('both_killed/last/state.pt')['step']
+    launch(compiled, 2, 'both_killed', both)
     told['odd'] = run('odd', settings=['pt_batch_size=15'])
     told['judged'] = [launch(judged, n) for n in (1,2,3)]
     Path(out).write_text(json.dumps(told))
@@ -276,6 +308,17 @@ def test_an_averaged_model_that_is_shared_out_can_be_validated_by_its_methods(fo
     assert len(lines)==4 and len({r['val_first'] for r in lines})==4
     for r in lines: assert r['val_first']==r['val_again'] and r['val_numbers']==24*3*64+24
 
+def test_compiled_and_shared_out_at_once_takes_the_steps_of_one_and_resumes_to_the_same_bits(folder, told):
+    "With a batch norm, whose statistics are those of the whole batch."
+    from safetensors.torch import load_file
+    plain,both = ([json.loads(l) for l in (folder/n/'log.jsonl').read_text().splitlines()] for n in ('plain','both'))
+    assert told['graphs'][0]==0 and told['graphs'][1]>0 and len(plain)==12
+    for a,b in zip(plain, both, strict=True): assert b['loss']==pytest.approx(a['loss'], rel=1e-5) and b['grad_norm']==pytest.approx(a['grad_norm'], rel=1e-4)
+    a,b = (load_file(folder/n/'final.safetensors') for n in ('plain','both'))
+    assert a.keys()==b.keys() and all(torch.allclose(a[k], b[k], atol=1e-5) for k in a) and int(a['norm.num_batches_tracked'])==12
+    assert told['both_killed']==4
+    assert (folder/'both'/'final.safetensors').read_bytes()==(folder/'both_killed'/'final.safetensors').read_bytes()
+
 def test_a_signal_to_all_or_to_one_loses_nothing_and_a_damaged_state_is_replaced(folder, told):
     assert told['usr1']['step']==6 and 'asked to stop at step 6 of 15; saved in' in told['usr1']['error']
     assert told['usr1_again']['step']==10 and 'asked to stop at step 10' in told['usr1_again']['error']
@@ -348,6 +391,42 @@ def test_a_full_disk_while_saving_loses_nothing(tmp_path, monkeypatch):
     assert not list((tmp_path/'a').rglob('*.tmp'))
     train(tmp_path/'a')
     assert (tmp_path/'a'/'final.safetensors').read_bytes()==(tmp_path/'whole'/'final.safetensors').read_bytes()
+
+def test_whatever_cannot_be_written_is_told_in_a_sentence(tmp_path, monkeypatch, capsys):
+    "Also where nobody thought of it: in the log, in the configuration."
+    from mem_nb import pipeline
+    from mem_nb.status import run_status
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'x.conf').write_text(CONF)
+    for number,said in ((errno.ENOSPC, 'the disk is full: there. Free some space and run the same command again'), (errno.EROFS, 'read-only file system: there; runs_dir = … says where runs lie')):
+        def refuse(*args): raise OSError(number, os.strerror(number), 'there')
+        with monkeypatch.context() as m:
+            m.setattr(pipeline, 'save_config', refuse)
+            with pytest.raises(SystemExit, match=f'mem_nb prepare: {said}'): pipeline.main(['prepare', 'x.conf'])
+    (tmp_path/'runs'/'run').mkdir(parents=True); (tmp_path/'runs'/'run'/'failed.txt').touch()      # what a full disk leaves
+    assert 'could not say why' in run_status(tmp_path/'runs'/'run', ['pretrain'])['why']
+
+CTRL_C = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from mem_nb import train
+step = train.train_step
+def train_step(acc, state, *args):
+    if state.step==7: [os.kill(os.getpid(), signal.SIGINT) for _ in range(int(sys.argv[2]))]
+    return step(acc, state, *args)
+train.train_step = train_step
+from mem_nb.pipeline import main
+main(['pretrain', 'x.conf', 'mae=1', 'expname='+sys.argv[1]])
+"""
+
+def test_ctrl_c_saves_and_a_second_one_ends_at_once(folder):
+    (folder/'ctrl_c.py').write_text(CTRL_C)
+    once,twice = (start(folder, 'ctrl_c.py', name, n) for name,n in (('once',1),('twice',2)))
+    assert once.returncode==75 and 'asked to stop at step 8 of 15; saved' in once.stdout, once.stderr[-2000:]
+    assert twice.returncode==1 and 'interrupted; run the same command again to continue' in twice.stderr and not (folder/'runs/twice/pretrain/last').exists()
+    for name in ('once','twice'): assert start(folder, 'ctrl_c.py', name, 0).returncode==0
+    a,b = (final(folder, name) for name in ('once','twice'))
+    assert a==b
 
 def test_a_read_only_folder_is_named(tmp_path, monkeypatch):
     def refuse(path, *args): raise OSError(errno.EROFS, 'Read-only file system', str(path))
