@@ -89,8 +89,7 @@ class Segmenter(nn.Module):
                                  nn.Dropout2d(dropout), nn.Conv2d(aux_width, classes, 1)) if aux_width else None
         self.blocks,self.original,self.classes = tuple(blocks),original,classes
         if norm=='group': to_group_norm(self)
-        for b in encoder.blocks:
-            if b.attn.relative_position_bias_table is not None: b.attn.__class__ = WindowedAttention
+        for attn in (b.attn for b in encoder.blocks if b.attn.window_size): attn.__class__ = WindowedAttention
 
     @property
     def window(self):
