@@ -75,6 +75,8 @@ def ceiling(seconds=1.):
 def base_step(repeats=3):
     "Seconds of a training step of ViT-B/16 and UPerNet at 440×640 (padded to 448), batch 1, and the products it takes."
     from torch.utils.flop_counter import FlopCounterMode
+    from mem_nb.speed import keep_memory
+    keep_memory()                                     # as every training does
     cfg = parse_config('data_set = dsec\ninput_H = 448\ninput_W = 640\nseg_norm = group\nnum_mask_patches = 98')
     model = build_segmenter(cfg).train()
     opt = segmenter_optimizer(model, 1e-4, layer_decay=.65)
