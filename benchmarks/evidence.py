@@ -28,7 +28,6 @@ from mem_nb.viz import show_label_curve
 CONF = Path(__file__).parents[1]/'configs/nmnist.conf'
 ARMS = {                                    # what pretraining asks; same frames, encoder and number of steps
     'two views':                 ['pt_hidden=0', 'pt_contrast=1'],                        # which hide half each, and must be matched
-    'two views, hidden pixels':  ['pt_hidden=1', 'pt_contrast=0.1'],
     'hidden pixels (MAE)':       ['pt_hidden=1', 'pt_contrast=0'],
     'hidden tokens (MEM)':       ['pt_hidden=1', 'pt_contrast=0', 'mae=0']}
 FIRST,OTHERS = next(iter(ARMS)),'two views, other cameras'
