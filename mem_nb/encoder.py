@@ -253,7 +253,7 @@ def read_encoder(
     "The encoder's own weights; raises FileNotFoundError for no file, ValueError for one without weights."
     if not isinstance(weights, dict):
         path = Path(weights)
-        if not path.is_file(): raise FileNotFoundError(f"no weights at {str(path)!r}; run `mem_nb pretrain` first")
+        if not path.is_file(): raise FileNotFoundError(f"no weights at {str(path)!r}; run `mem_nb pretrain` first, or mend pt_checkpoint or class_checkpoint")
         try: weights = load_state_dict(str(path), weights_only=True)
         except Exception as e: raise ValueError(f"{path} holds no readable weights ({e})") from None
     own = {k.removeprefix('encoder.'):v for k,v in weights.items() if k.startswith('encoder.')} or weights

@@ -62,12 +62,19 @@ def run_step(
     print(f'{step}: {time.time()-began:.0f} s', flush=True)
     return result
 
+def _check_first(cfg):
+    "What would stop finetuning is told before anything is trained, not after the pretraining."
+    EventStore,folder = import_module('mem_nb.store').EventStore,import_module('mem_nb.datasets').prepared(cfg)
+    with _told(cfg.folder, 'finetune'): import_module('mem_nb.finetune').check_finetune(cfg, EventStore(folder), EventStore(folder, 'val'))
+
 def run(
     cfg:Config,  # configuration
 ) -> dict:       # the summary of the last step
     "Run every step that the configuration asks for; interrupted, the same call continues."
     began = time.time()
-    for step in (steps := steps_of(cfg)): result = run_step(cfg, step, step==steps[-1])
+    for step in (steps := steps_of(cfg)):
+        result = run_step(cfg, step, step==steps[-1])
+        if step=='prepare' and 'finetune' in steps: _check_first(cfg)
     print(f'all steps: {time.time()-began:.0f} s; results: {cfg.folder}')
     return result
 

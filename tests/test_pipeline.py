@@ -56,6 +56,12 @@ def test_run_goes_from_recordings_to_a_report(whole):
     assert {p.name for p in (run/'finetune').iterdir()}=={'pretrained_40_seed0','scratch_40_seed0'}
     assert not list(run.rglob('last')) and not list(run.rglob('*.tmp'))
 
+def test_labels_that_cannot_be_are_told_before_anything_is_trained(tmp_path):
+    (folder := tmp_path/'early').mkdir()
+    with pytest.raises(ValueError, match='999 recordings of each class'): command('run', conf(folder), ['class_labels=999/class'])
+    assert not (folder/'runs'/'tiny'/'tokenizer').exists() and not (folder/'runs'/'tiny'/'pretrain').exists()
+    assert 'finetune' in (folder/'runs'/'tiny'/'failed.txt').read_text()
+
 SIGNALLED = """
 import os, signal, sys
 import mem_nb.evaluate, mem_nb.pack

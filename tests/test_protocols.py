@@ -218,6 +218,8 @@ def test_runs_are_compared_draw_by_draw_or_not_at_all(run, tmp_path, capsys):
     assert sum(r['method']=='SVM on frames' for r in all_records([a,b]))==2
     g, = run_gains([a,b])[b.name]
     assert g['seeds']==2 and g['interval'][0]<=g['mean']<=g['interval'][1]
+    b.summary['results'] = [r for r in b.summary['results'] if r['method']!='pretrained']     # an arm of its own, from scratch
+    assert run_gains([a,b])[b.name][0]['seeds']==2 and run_gains([b,a])[a.name][0]['seeds']==2
     b.summary['splits']['split_hash'] = 'another'
     assert 'not to be subtracted' in run_gains([a,b])[b.name]
     with pytest.raises(FileNotFoundError, match='no run'): command('evaluate', 'nowhere_at_all', ['too'])
