@@ -57,6 +57,8 @@ def source_of(arm, args):
 def other_cameras(args):
     "Folder of `args.others` cut into squares of 128 pixels, each scaled to N-MNIST's 34: a store holds one sensor, and a digit is as large as a hand."
     files = sorted(p for p in Path(args.others).rglob('*') if p.suffix in SUFFIXES)
+    digits = {hashlib.sha256(p.read_bytes()).digest() for p in Path(args.data).rglob('*.bin')}
+    if known := [str(p) for p in files if hashlib.sha256(p.read_bytes()).digest() in digits]: raise ValueError(f"{known[0]} is one of the digits in {args.data}, too; --others takes other recordings")
     out = Path(args.runs)/'evidence'/f"others-{hashlib.sha256(repr([(p.name,p.stat().st_size) for p in files]).encode()).hexdigest()[:8]}"
     if out.is_dir(): return out
     half = out.with_suffix('.part')
@@ -167,7 +169,7 @@ def figure(found, path):
     "Accuracy against labels."
     show = [FIRST, *[a for a in ARMS if a!=FIRST], 'from scratch', f'linear probe, {FIRST}', 'svm on frames', 'svm on counts']
     fig,ax = plt.subplots(figsize=(8.6,4), layout='constrained')
-    show_label_curve([f for m in show for f in found if f['method']==m], ax=ax, title='Real N-MNIST, 200 held-out recordings: mean ± std over draws of labels')
+    show_label_curve([f for m in show for f in found if f['method']==m], ax=ax, title=f"Real N-MNIST, 200 held-out recordings, split {found[0]['split_hash']}: mean ± std over draws")
     for line in ax.lines:
         if line.get_label() not in (*ARMS,'from scratch'): line.set(linestyle='--', linewidth=1.2, markersize=3)
     ax.legend(loc='center left', bbox_to_anchor=(1,.5))
