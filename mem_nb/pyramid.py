@@ -15,6 +15,7 @@ from timm.models.beit import Attention, Beit
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 from .config import Config
+from .droppath import DrawnChannels
 from .encoder import build_encoder, check_fit, load_encoder, read_encoder
 from .original import original_encoder, read_original
 
@@ -84,9 +85,9 @@ class Segmenter(nn.Module):
         encoder.norm = nn.Identity()              # features are taken before it
         d = encoder.embed_dim
         self.encoder,self.pyramid,self.decoder = encoder,Pyramid(d),_upernet(d, width)
-        self.head = nn.Sequential(nn.Dropout2d(dropout), nn.Conv2d(width, classes, 1))
+        self.head = nn.Sequential(DrawnChannels(width, dropout), nn.Conv2d(width, classes, 1))
         self.aux = nn.Sequential(nn.Conv2d(d, aux_width, 3, padding=1, bias=False), nn.BatchNorm2d(aux_width), nn.ReLU(),
-                                 nn.Dropout2d(dropout), nn.Conv2d(aux_width, classes, 1)) if aux_width else None
+                                 DrawnChannels(aux_width, dropout), nn.Conv2d(aux_width, classes, 1)) if aux_width else None
         self.blocks,self.original,self.classes = tuple(blocks),original,classes
         if norm=='group': to_group_norm(self)
         for attn in (b.attn for b in encoder.blocks if b.attn.window_size): attn.__class__ = WindowedAttention

@@ -449,7 +449,7 @@ def test_two_processes_and_a_model_shared_out_take_the_steps_of_one(tmp_path, mo
     "Batch norm and group norm; killed, what is shared out goes on to the same bits."
     monkeypatch.chdir(tmp_path)
     Path('x.conf').write_text(CONF); Path('run.py').write_text(COMMAND)
-    words = 'seg_methods=scratch seg_steps=4 seg_dropout=0 log_every=1 seg_save_ckpt_freq=2'
+    words = 'seg_methods=scratch seg_steps=4 seg_dropout=0.2 log_every=1 seg_save_ckpt_freq=2'
     for norm in ('batch','group'): command('segment', 'x.conf', f'{words} seg_norm={norm} expname=one_{norm}'.split())
     env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', TQDM_DISABLE='1')
     def two(*said):
