@@ -15,13 +15,14 @@ from .formats import read_events, recording_size
 from .viz import BRIGHTER, DARKER, LINES, frame_to_rgb, show_events, show_frame, show_mask
 from .batches import batch_events
 from .frames import event_histogram, to_frames
-from .augment import COLOR, GEOMETRIC, affine_events, apply_op, drop_events, flip_x, shift_events, time_reverse
+from .augment import COLOR, GEOMETRIC, affine_events, apply_op, bend_events, draw_bend, drop_events, flip_x, shift_events, time_reverse
 from .masking import MASKS, block_mask, make_masks, patch_events
 from .panel import Panel, Pick, Slide, Tick, explorer
 
 # %% ../nbs/16a_event_widgets.ipynb #b30b68e5
 def _recording(recording, size):
     "Events and sensor `(H, W)` of a file or an array; ValueError where there are none."
+    if not isinstance(recording, (np.ndarray,str,Path)): raise ValueError(f"wanted a file or an array of events, got {recording!r}")
     events = recording if isinstance(recording, np.ndarray) else read_events(recording, size=size)
     if not len(events): raise ValueError(f"{'this recording' if isinstance(recording, np.ndarray) else recording} holds no events")
     known = size or (None if isinstance(recording, np.ndarray) else recording_size(recording))
@@ -96,7 +97,8 @@ ON_EVENTS = dict(   # (batch, strength in 0…1, generator) -> batch
     shift=lambda b,s,g: shift_events(b, max(1, round(s*b.size[1]/3)), g),
     dropped_events=lambda b,s,g: drop_events(b, .95*s, g),
     rotation=lambda b,s,g: affine_events(b, 90*s, 0., 0., g),
-    scale=lambda b,s,g: affine_events(b, 0., .6*s, 0., g))
+    scale=lambda b,s,g: affine_events(b, 0., .6*s, 0., g),
+    bend=lambda b,s,g: bend_events(b, draw_bend(len(b), b.size, .2*s, g)))
 RANDAUGMENT = tuple(n for n in (*GEOMETRIC, *COLOR))
 
 @explorer
@@ -110,21 +112,21 @@ def explore_frames(
     first = max(0, (len(events)-max_events)//2)
     batch = batch_events([events[first:first+max_events]], size)
     def draw(representation, hot_pixels, normalize, gain, log, gamma, augmentation, strength, seed):
-        choice = dict(representation='voxel' if representation=='voxel grid' else 'histogram', timesurface=representation=='time surface',
+        choice = dict(representation={'voxel grid':'voxel', 'stacked counts':'stacked'}.get(representation, 'histogram'), timesurface=representation=='time surface',
                       hot_pixel_stds=hot_pixels or None, normalize=normalize, gain=gain, log=log, gamma=gamma if gamma<1 else None)
         generator,changed = torch.Generator().manual_seed(seed),batch
         if augmentation in ON_EVENTS: changed = ON_EVENTS[augmentation](batch, strength, generator)
         before,after = to_frames(batch, **choice)[0],to_frames(changed, **choice)[0]
         if augmentation in RANDAUGMENT:
-            if representation=='voxel grid': raise ValueError(f"{augmentation} is defined for frames of three channels; choose the histogram, or an augmentation of events")
+            if representation in ('voxel grid','stacked counts'): raise ValueError(f"{augmentation} is defined for frames of three channels; choose the histogram, or an augmentation of events")
             after = apply_op(after[None].clamp(0, 1), augmentation, torch.tensor([strength]))[0]
         fig,axs = plt.subplots(1, 2, figsize=(7.6,3.4), layout='constrained')
         for ax,f,title in zip(axs, (before,after), ('frame', augmentation.replace('_', ' '))):
             if representation=='time surface': ax.imshow(f[1], cmap='viridis', vmin=0, vmax=1, interpolation='nearest')
-            else: show_frame(f, ax, vmax=1. if normalize else None)
+            else: show_frame(f.unflatten(0, (2,-1)).mean(1) if representation=='stacked counts' else f, ax, vmax=1. if normalize else None)
             ax.set(title=f'{title}: {100*(f.abs().sum(0)>0).float().mean():.0f} % of the pixels, up to {f.abs().max():.2g}', xlabel='x (px)')
         return fig
-    return Panel(draw, dict(representation=Pick(('histogram','time surface','voxel grid')), hot_pixels=Slide(0, 20, 10, label='hot pixels, stds'),
+    return Panel(draw, dict(representation=Pick(('histogram','time surface','voxel grid','stacked counts')), hot_pixels=Slide(0, 20, 10, label='hot pixels, stds'),
                             normalize=Tick(True), gain=Slide(.5, 8, 1, .5), log=Tick(label='log(1 + count)'), gamma=Slide(.2, 1, 1, .05),
                             augmentation=Pick(('none', *ON_EVENTS, *RANDAUGMENT)), strength=Slide(0, 1, .5, .05), seed=Slide(0, 20, 0)),
                  note='hot pixels 0 keeps all of them; gamma 1 changes nothing')
@@ -156,5 +158,5 @@ def explore_masks(
         show_mask(frame[0], mask[0], grid, axs[1], f'{n} of {total} patches hidden')
         show_frame(visible, axs[2], f'what remains: {100*(1-gone):.0f} % of the events', full)
         return fig
-    return Panel(draw, dict(sample=Slide(0, max(1, len(frames)-1), 0), kind=Pick(MASKS), share=Slide(.05, .95, .5, .05), block=Slide(1, 64, 16, label='block, patches'),
+    return Panel(draw, dict(sample=Slide(0, len(frames)-1, 0), kind=Pick(MASKS), share=Slide(.05, .95, .5, .05), block=Slide(1, 64, 16, label='block, patches'),
                             patch=Pick(fits, 16 if 16 in fits else fits[0]), seed=Slide(0, 50, 0, play=600)))

@@ -86,7 +86,9 @@ def explore_reconstruction(
 ) -> Panel:
     "What a masked model says is hidden: choose sample, weights and mask, and click a patch."
     cfg = run_config(run)
-    found,task,frames = stages(cfg.folder/'pretrain'),pretrain_task(cfg),_some(cfg, n)
+    found = stages(cfg.folder/'pretrain')
+    if not cfg.pretrain.mae: load_tokenizer(cfg)         # says what is missing before any recording is prepared
+    task,frames = pretrain_task(cfg),_some(cfg, n)
     patch,grid = cfg.patch,cfg.grid
     total = grid[0]*grid[1]
     @cache
@@ -116,7 +118,7 @@ def explore_reconstruction(
             _answer(below.subplots(1, 6), task.vae, tokens, logits, mask, patch_number)
             below.suptitle('the patch that was clicked: the true code, and the likeliest five', fontsize=9)
         return fig
-    return Panel(draw, dict(sample=Slide(0, max(1, len(frames)-1), 0), weights=Pick(tuple(found)), masking=Pick(MASKS, task.kind),
+    return Panel(draw, dict(sample=Slide(0, len(frames)-1, 0), weights=Pick(tuple(found)), masking=Pick(MASKS, task.kind),
                             hidden=Slide(1, total-1, task.num_hidden, label='patches hidden'), seed=Slide(0, 50, 0),
                             patch_number=Slide(0, total-1, total//2)),
                  lambda label,x,y,values: None if (k := _patch_at(label, x, y, patch, grid)) is None else dict(patch_number=k),
@@ -183,6 +185,6 @@ def explore_attention(
         fig = show_attention(frames[sample], maps, place, f'block {block+1} of {len(encoder.blocks)}, seen from row {place[0]}, column {place[1]}')
         fig.axes[0].set_label('frame')
         return fig
-    return Panel(draw, dict(sample=Slide(0, max(1, len(frames)-1), 0), block=Slide(0, len(encoder.blocks)-1, len(encoder.blocks)-1), patch_number=Slide(0, grid[0]*grid[1]-1, grid[0]*grid[1]//2)),
+    return Panel(draw, dict(sample=Slide(0, len(frames)-1, 0), block=Slide(0, len(encoder.blocks)-1, len(encoder.blocks)-1), patch_number=Slide(0, grid[0]*grid[1]-1, grid[0]*grid[1]//2)),
                  lambda label,x,y,values: None if (k := _patch_at(label, x, y, patch, grid)) is None else dict(patch_number=k),
                  note='click a patch of the frame')

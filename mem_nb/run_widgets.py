@@ -7,7 +7,7 @@ __all__ = ['GrowingLog', 'step_logs', 'thinned', 'smooth', 'watch_training', 'fi
            'step_segmentation']
 
 # %% ../nbs/16c_run_widgets.ipynb #f4f18e03
-import json, time
+import json
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -18,7 +18,7 @@ from .datasets import prepared
 from .data import all_frames
 from .finetune import load_classifier, predict
 from .segmented import class_colors
-from .panel import Panel, Pick, Slide, Tick, explorer
+from .panel import GrowingPick, Panel, Pick, Slide, Tick, explorer
 from .model_widgets import run_config
 
 # %% ../nbs/16c_run_widgets.ipynb #82fcbe0c
@@ -80,8 +80,8 @@ def smooth(
     a,b = np.maximum(i-width//2, 0),np.minimum(i+width//2+1, len(y))
     return (total[b]-total[a])/(b-a)
 
-def _how_far(name, records, now):
-    "One line about a run: step, speed, time left, and whether it still writes."
+def _how_far(name, records):
+    "One line about a run: step, speed, time left."
     last = records[-1]
     left = (last.get('steps', last['step'])-last['step'])*last.get('step_seconds', 0)
     return f"{name}: step {last['step']:,} of {last.get('steps', last['step']):,}, {last.get('images_s', 0):,.0f} images/s, {left/60:,.0f} min left"
@@ -94,23 +94,29 @@ def watch_training(
 ) -> Panel:
     "Follow one or several runs from their logs."
     if not runs: raise ValueError("name one or several run folders, such as watch_training('runs/demo')")
-    paths = {Path(r).name if len({Path(q).name for q in runs})==len(runs) else str(r):step_logs(r) for r in runs}
-    steps = list(dict.fromkeys(s for found in paths.values() for s in found))
-    if not steps: raise FileNotFoundError(f"nothing is logged in {', '.join(map(str, runs))} yet; look again when a training has begun")
-    logs = {(n,s):GrowingLog(p) for n,found in paths.items() for s,p in found.items()}
+    names = {Path(r).name if len({Path(q).name for q in runs})==len(runs) else str(r):r for r in runs}
+    logs = {}                                            # (name, step) -> GrowingLog
+    def begun():
+        "The steps that any of the runs has begun until now."
+        for n,r in names.items():
+            for s,p in step_logs(r).items(): logs.setdefault((n,s), GrowingLog(p))
+        return tuple(dict.fromkeys(s for _,s in logs))
+    steps = GrowingPick(begun)
+    if not steps.options: raise FileNotFoundError(f"nothing is logged in {', '.join(map(str, runs))} yet; look again when a training has begun")
     for log in logs.values(): log.read()
     keys = list(dict.fromkeys(k for log in logs.values() for r in (*log.records[:1], *log.records[-1:]) for k,v in r.items() if isinstance(v, int|float) and k!='step'))
     if not keys: raise FileNotFoundError(f"the logs in {', '.join(map(str, runs))} are empty yet; look again after the first {20} steps")
     def draw(step, quantity, width, logarithmic, look):
         fig,axs = plt.subplot_mosaic('AAB;AAC', figsize=(9,3.8), layout='constrained')
         told = []
-        for color,(name,found) in zip(LINES*9, paths.items()):
-            if step not in found or not (records := logs[name,step].read()): continue
+        steps.look()
+        for color,name in zip(LINES*9, names):
+            if (name,step) not in logs or not (records := logs[name,step].read()): continue
             for ax,key in (('A',quantity),('B','lr'),('C','images_s')):
                 x,y = thinned(*logs[name,step].column(key))
                 if width>1: axs[ax].plot(x, y, color=color, alpha=.25, linewidth=.7)
                 axs[ax].plot(x, smooth(y, width), color=color, label=name, marker='' if len(x)>1 else 'o')
-            told.append(_how_far(name, records, time.time()))
+            told.append(_how_far(name, records))
         if not told: raise ValueError(f"none of these runs has logged {step} yet; choose another step")
         axs['A'].set(xlabel='step', ylabel=quantity, title=f'{step}: {quantity}', yscale='log' if logarithmic else 'linear')
         axs['B'].set(title='learning rate'); axs['C'].set(title='images / s', xlabel='step', ylim=(0,None))
@@ -118,7 +124,7 @@ def watch_training(
         else: axs['A'].text(.5, .5, f'{quantity} was not logged in this step', ha='center', transform=axs['A'].transAxes)
         fig.supxlabel('\n'.join(told[:4]), fontsize=8, x=.01, ha='left')
         return fig
-    return Panel(draw, dict(step=Pick(tuple(steps), steps[-1]), quantity=Pick(tuple(keys), 'loss' if 'loss' in keys else keys[0]),
+    return Panel(draw, dict(step=steps, quantity=Pick(tuple(keys), 'loss' if 'loss' in keys else keys[0]),
                             width=Slide(1, 101, 1, 2, label='smooth, points'), logarithmic=Tick(), look=Slide(0, 100000, 0, label='follow', play=follow)))
 
 # %% ../nbs/16c_run_widgets.ipynb #53489051
@@ -192,6 +198,8 @@ def step_segmentation(
     ignore:int=255,       # label that does not count
 ) -> Panel:
     "Step through a sequence of label maps over their frames, with a slider for opacity."
+    frames = torch.as_tensor(np.asarray(frames))
+    if frames.ndim!=4: raise ValueError(f"frames of shape {tuple(frames.shape)}; wanted (T, C, H, W)")
     p,t = np.asarray(predicted),None if truth is None else np.asarray(truth)
     if p.shape!=(len(frames), *frames.shape[2:]): raise ValueError(f"label maps of shape {p.shape} do not lie over frames of {tuple(frames.shape)}; wanted (T, H, W)")
     if t is not None and t.shape!=p.shape: raise ValueError(f"truth has shape {t.shape}, the predictions {p.shape}")
@@ -214,4 +222,4 @@ def step_segmentation(
         fig.legend([plt.Rectangle((0,0), 1, 1, color=c) for c in colors], names, loc='outside right center')
         fig.suptitle(f'frame {index+1} of {len(p)}{right}', fontsize=10)
         return fig
-    return Panel(draw, dict(index=Slide(0, max(1, len(p)-1), 0, play=300), show=Pick(('both','prediction','truth') if t is not None else ('prediction',)), opacity=Slide(0, 1, .6, .05)))
+    return Panel(draw, dict(index=Slide(0, len(p)-1, 0, play=300), show=Pick(('both','prediction','truth') if t is not None else ('prediction',)), opacity=Slide(0, 1, .6, .05)))
