@@ -123,7 +123,8 @@ def explore_frames(
         fig,axs = plt.subplots(1, 2, figsize=(7.6,3.4), layout='constrained')
         for ax,f,title in zip(axs, (before,after), ('frame', augmentation.replace('_', ' '))):
             if representation=='time surface': ax.imshow(f[1], cmap='viridis', vmin=0, vmax=1, interpolation='nearest')
-            else: show_frame(f.unflatten(0, (2,-1)).mean(1) if representation=='stacked counts' else f, ax, vmax=1. if normalize else None)
+            elif representation=='stacked counts': show_frame(f.unflatten(0, (2,-1)).sum(1), ax)      # all slices of a polarity
+            else: show_frame(f, ax, vmax=1. if normalize else None)
             ax.set(title=f'{title}: {100*(f.abs().sum(0)>0).float().mean():.0f} % of the pixels, up to {f.abs().max():.2g}', xlabel='x (px)')
         return fig
     return Panel(draw, dict(representation=Pick(('histogram','time surface','voxel grid','stacked counts')), hot_pixels=Slide(0, 20, 10, label='hot pixels, stds'),
