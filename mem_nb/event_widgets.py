@@ -10,7 +10,7 @@ __all__ = ['COLORS', 'ON_EVENTS', 'RANDAUGMENT', 'events_to_rgb', 'cut_window', 
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, torch
 from matplotlib.colors import to_rgb
-from .events import event_rate
+from .events import check_events, event_rate
 from .formats import read_events, recording_size
 from .viz import BRIGHTER, DARKER, LINES, frame_to_rgb, show_events, show_frame, show_mask
 from .batches import batch_events
@@ -22,11 +22,14 @@ from .panel import Panel, Pick, Slide, Tick, explorer
 # %% ../nbs/16a_event_widgets.ipynb #b30b68e5
 def _recording(recording, size):
     "Events and sensor `(H, W)` of a file or an array; ValueError where there are none."
-    if not isinstance(recording, (np.ndarray,str,Path)): raise ValueError(f"wanted a file or an array of events, got {recording!r}")
-    events = recording if isinstance(recording, np.ndarray) else read_events(recording, size=size)
-    if not len(events): raise ValueError(f"{'this recording' if isinstance(recording, np.ndarray) else recording} holds no events")
-    known = size or (None if isinstance(recording, np.ndarray) else recording_size(recording))
-    return events, known or (int(events['y'].max())+1, int(events['x'].max())+1)
+    given = isinstance(recording, np.ndarray)
+    if not given and not isinstance(recording, (str,Path)): raise ValueError(f"wanted a file or an array of events, got {recording!r}")
+    if given and not {'x','y','t','p'}<=set(recording.dtype.names or ()): raise ValueError(f"an array of {recording.dtype}; events have the fields x, y, t and p, see mem_nb.events.make_events")
+    if size is not None and not (isinstance(size, (tuple,list)) and len(size)==2 and all(isinstance(n, (int,np.integer)) and n>0 for n in size)): raise ValueError(f"size = {size!r} should be (H, W) of the sensor, in pixels")
+    events = recording if given else read_events(recording, size=size)
+    if not len(events): raise ValueError(f"{'this recording' if given else recording} holds no events")
+    known = size or (None if given else recording_size(recording)) or (int(events['y'].max())+1, int(events['x'].max())+1)
+    return check_events(events, known, 'this recording' if given else str(recording)), known
 
 COLORS = {'red, blue':(BRIGHTER,DARKER), 'green, magenta':('#2a9d4a','#b5339b'), 'black, grey':('#111111','#9a9a9a')}   # brighter, darker
 
@@ -143,6 +146,8 @@ def explore_masks(
     if not torch.is_tensor(frames):
         events,size = _recording(frames, size)
         frames = to_frames(batch_events([events[:30000]], size), (224,224), gain=2.)
+    if frames.ndim!=4: raise ValueError(f"frames of shape {tuple(frames.shape)}; wanted (B, C, H, W)")
+    frames = frames.detach()
     fits = tuple(p for p in patches if all(s%p==0 and s>p for s in frames.shape[2:]))
     if not fits: raise ValueError(f"frames of {tuple(frames.shape[2:])} pixels are not made of patches of {', '.join(map(str, patches))}; pass patches=")
     def draw(sample, kind, share, block, patch, seed):

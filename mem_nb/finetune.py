@@ -23,7 +23,7 @@ from .data import eval_batches, make_frames, num_steps, train_batches
 from .metrics import accuracy_metrics
 from .splits import check_labels, check_overlap, draw_labels, label_subset, save_list
 from .encoder import config_encoder, from_vit, load_encoder, rgb_weights
-from .shard import first_says, rows_of_all
+from .shard import first_says, row_before, rows_of_all
 from .state import is_parted, load_weights, save_weights, step_settings, weights_hash, write_json
 from .train import cosine_schedule, fit
 
@@ -87,10 +87,16 @@ def mix_frames(
     num_classes:int,      # classes
     mixup:float=0.,       # parameter of the Beta distribution; 0: none
     cutmix:float=0.,      # the same for boxes; of two that are asked for, either is taken at even odds
+    generator=None,       # decides, the same in all processes of a training; None: torch's own
 ) -> tuple:               # frames, targets `(B, classes)` that sum to 1
-    "Mix each frame with its neighbour in the batch; torch's own generator decides, which training seeds at every step."
+    "Mix each frame with the one before it in the batch, also where processes share the batch."
     kinds = [k(alpha=a, num_classes=num_classes) for k,a in ((v2.MixUp,mixup), (v2.CutMix,cutmix)) if a]
-    return kinds[int(torch.rand(())*len(kinds))](frames, labels)
+    seed = torch.randint(2**62, (), generator=generator, device=generator.device if generator else None).item()
+    with torch.random.fork_rng([]):                          # torchvision draws from torch's own generator only
+        torch.manual_seed(seed)
+        kind = kinds[int(torch.rand(())*len(kinds))]
+        mixed,shares = kind(torch.cat([row_before(frames), frames]), torch.cat([row_before(labels), labels]))
+    return mixed[1:],shares[1:]
 
 def class_weights(
     labels:np.ndarray,  # `(n,)` classes of the recordings trained on
@@ -176,12 +182,12 @@ def classification_loss(
     frames:torch.Tensor,      # `(B, C, H, W)`
     labels:torch.Tensor,      # `(B,)` classes, or `(B, classes)` shares that sum to 1
     label_smoothing:float=0., # share of the target spread over all classes
-    weight:torch.Tensor=None, # `(classes,)` of each class
+    weight:torch.Tensor=None, # `(classes,)` of each class, 1 in the mean over the recordings
 ) -> tuple:                   # (loss, {accuracy}); with shares, the largest counts as the class
-    "Cross-entropy with label smoothing."
+    "Cross-entropy with label smoothing, divided by the number of frames: it does not depend on which of them share a batch, as a division by their weights would."
     logits = model(frames)
     said = labels if labels.ndim==1 else labels.argmax(1)
-    return F.cross_entropy(logits, labels, weight, label_smoothing=label_smoothing), dict(accuracy=(logits.argmax(1)==said).float().mean())
+    return F.cross_entropy(logits, labels, weight, reduction='none', label_smoothing=label_smoothing).mean(), dict(accuracy=(logits.argmax(1)==said).float().mean())
 
 def finetune_settings(cfg, store, method, labels, seed):
     "What decides the result of one finetuning; pretraining counts only where it is used."
@@ -195,7 +201,7 @@ def _loss(c, data, num_classes, weight):
     "The loss of a training step, with what `class_mixup`, `class_cutmix` and `class_balanced` ask for."
     def loss(model, batch, step, generator):
         frames,labels = make_frames(batch, data, generator),batch.labels
-        if c.mixup or c.cutmix: frames,labels = mix_frames(frames, labels, num_classes, c.mixup, c.cutmix)
+        if c.mixup or c.cutmix: frames,labels = mix_frames(frames, labels, num_classes, c.mixup, c.cutmix, generator)
         return classification_loss(model, frames, labels, c.label_smoothing, None if weight is None else weight.to(frames.device))
     return loss
 

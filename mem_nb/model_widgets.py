@@ -29,6 +29,7 @@ def run_config(
     run,  # folder of a run
 ):        # Config
     "The configuration that lies in a run folder; FileNotFoundError that says how one is made."
+    if not isinstance(run, (str,Path)): raise ValueError(f"wanted the folder of a run, such as runs/demo, got {run!r}")
     path = Path(run)/'run.conf'
     if not path.is_file(): raise FileNotFoundError(f"no run.conf in {run}; name the folder of a run, such as runs/demo, or begin one: mem_nb run configs/demo.conf")
     return load_config(path, [f'runs_dir={Path(run).parent}', 'expweek=', f'expname={Path(run).name}', 'device=cpu'])

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, torch
 from .viz import LINES, frame_to_rgb, show_confusion, show_frame, show_label_curve
+from .state import is_done
 from .store import EventStore
 from .datasets import prepared
 from .data import all_frames
@@ -28,17 +29,23 @@ class GrowingLog:
     path:Path                                 # the file; it may not exist yet
     records:list = field(default_factory=list)# dicts, oldest first
     at:int = 0                                # bytes read
+    end:bytes = b''                           # the last of them
+    keys:dict = field(default_factory=dict)   # numbers that were logged -> the last one
     columns:dict = field(default_factory=dict)# key -> (records looked at, steps, values)
 
     def read(self) -> list:
-        "All records until now."
-        size = self.path.stat().st_size if self.path.is_file() else 0
-        if size<self.at: self.records,self.at,self.columns = [],0,{}
-        if size>self.at:
-            with open(self.path, 'rb') as f: f.seek(self.at); new = f.read(size-self.at)
-            whole = new[:new.rfind(b'\n')+1]
-            self.records += json.loads(b'[' + b','.join(whole.splitlines()) + b']') if whole else []
-            self.at += len(whole)
+        "All records until now; from the beginning, where a continued training has taken lines back and written others."
+        if not self.path.is_file(): return self.records
+        with open(self.path, 'rb') as f:
+            f.seek(self.at-len(self.end))
+            if f.read(len(self.end))!=self.end:
+                self.records,self.at,self.end,self.keys,self.columns = [],0,b'',{},{}
+                f.seek(0)
+            new = f.read()
+        if whole := new[:new.rfind(b'\n')+1]:
+            records = json.loads(b'[' + b','.join(whole.splitlines()) + b']')
+            for r in records: self.keys.update(r)
+            self.records,self.at,self.end = self.records+records,self.at+len(whole),(self.end+whole)[-200:]
         return self.records
 
     def column(self, key) -> tuple:
@@ -94,6 +101,8 @@ def watch_training(
 ) -> Panel:
     "Follow one or several runs from their logs."
     if not runs: raise ValueError("name one or several run folders, such as watch_training('runs/demo')")
+    for r in runs:
+        if not isinstance(r, (str,Path)): raise ValueError(f"wanted the folder of a run, such as runs/demo, got {r!r}")
     names = {Path(r).name if len({Path(q).name for q in runs})==len(runs) else str(r):r for r in runs}
     logs = {}                                            # (name, step) -> GrowingLog
     def begun():
@@ -103,13 +112,17 @@ def watch_training(
         return tuple(dict.fromkeys(s for _,s in logs))
     steps = GrowingPick(begun)
     if not steps.options: raise FileNotFoundError(f"nothing is logged in {', '.join(map(str, runs))} yet; look again when a training has begun")
-    for log in logs.values(): log.read()
-    keys = list(dict.fromkeys(k for log in logs.values() for r in (*log.records[:1], *log.records[-1:]) for k,v in r.items() if isinstance(v, int|float) and k!='step'))
-    if not keys: raise FileNotFoundError(f"the logs in {', '.join(map(str, runs))} are empty yet; look again after the first {20} steps")
+    def logged():
+        "The numbers that any step has logged until now."
+        begun()
+        for log in logs.values(): log.read()
+        return tuple(dict.fromkeys(k for log in logs.values() for k,v in log.keys.items() if isinstance(v, int|float) and k!='step'))
+    quantities = GrowingPick(logged, value='loss')
+    if not quantities.options: raise FileNotFoundError(f"the logs in {', '.join(map(str, runs))} are empty yet; look again after the first steps")
     def draw(step, quantity, width, logarithmic, look):
         fig,axs = plt.subplot_mosaic('AAB;AAC', figsize=(9,3.8), layout='constrained')
         told = []
-        steps.look()
+        steps.look(); quantities.look()
         for color,name in zip(LINES*9, names):
             if (name,step) not in logs or not (records := logs[name,step].read()): continue
             for ax,key in (('A',quantity),('B','lr'),('C','images_s')):
@@ -124,7 +137,7 @@ def watch_training(
         else: axs['A'].text(.5, .5, f'{quantity} was not logged in this step', ha='center', transform=axs['A'].transAxes)
         fig.supxlabel('\n'.join(told[:4]), fontsize=8, x=.01, ha='left')
         return fig
-    return Panel(draw, dict(step=steps, quantity=Pick(tuple(keys), 'loss' if 'loss' in keys else keys[0]),
+    return Panel(draw, dict(step=steps, quantity=quantities,
                             width=Slide(1, 101, 1, 2, label='smooth, points'), logarithmic=Tick(), look=Slide(0, 100000, 0, label='follow', play=follow)))
 
 # %% ../nbs/16c_run_widgets.ipynb #53489051
@@ -133,10 +146,10 @@ def finetuned(
 ) -> dict:    # word -> (method, labels, seed) of each finetuning that is finished
     "The finished finetunings of a run; FileNotFoundError where there is none."
     found = {}
-    for p in sorted((cfg.folder/'finetune').glob('*/final.safetensors')):
-        method,_,rest = p.parent.name.partition('_')          # such as pretrained_2_a_class_seed0
+    for p in sorted((cfg.folder/'finetune').glob('*_*_seed*')):
+        method,_,rest = p.name.partition('_')                 # such as pretrained_2_a_class_seed0
         labels,_,seed = rest.rpartition('_seed')
-        found[p.parent.name] = method,labels,int(seed)
+        if seed.isdecimal() and is_done(p): found[p.name] = method,labels,int(seed)
     if not found: raise FileNotFoundError(f"nothing is finetuned in {cfg.folder} yet; run `mem_nb finetune` with its configuration")
     return found
 
@@ -198,7 +211,7 @@ def step_segmentation(
     ignore:int=255,       # label that does not count
 ) -> Panel:
     "Step through a sequence of label maps over their frames, with a slider for opacity."
-    frames = torch.as_tensor(np.asarray(frames))
+    frames = torch.as_tensor(frames if torch.is_tensor(frames) else np.asarray(frames)).detach()
     if frames.ndim!=4: raise ValueError(f"frames of shape {tuple(frames.shape)}; wanted (T, C, H, W)")
     p,t = np.asarray(predicted),None if truth is None else np.asarray(truth)
     if p.shape!=(len(frames), *frames.shape[2:]): raise ValueError(f"label maps of shape {p.shape} do not lie over frames of {tuple(frames.shape)}; wanted (T, H, W)")
@@ -209,8 +222,8 @@ def step_segmentation(
     colors = class_colors(len(names))
     table = np.ones((max(256, ignore+1),3), np.float32); table[:len(colors)] = colors
     def over(rgb, labels, opacity):
-        a = np.where(labels==ignore, 0, np.float32(opacity))[...,None]
-        return rgb + a*(table[labels]-rgb)
+        a = np.full((len(table),1), opacity, np.float32); a[ignore] = 0
+        return rgb*np.take(1-a, labels, axis=0) + np.take(a*table, labels, axis=0)
     def draw(index, show, opacity):
         rgb = frame_to_rgb(frames[index]).astype(np.float32)
         pictures = {'frame':rgb}

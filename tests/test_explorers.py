@@ -1,10 +1,16 @@
 "What the explorers do at the edges: one frame, steps that begin later, and what is no recording at all; without a browser."
 import json
 from pathlib import Path
-import numpy as np, pytest, torch
+import matplotlib.pyplot as plt, numpy as np, pytest, torch
+from conftest import TINY
 from mem_nb import widgets as w
+from mem_nb.config import parse_config, save_config
 from mem_nb.events import make_events
-from mem_nb.panel import Said
+from mem_nb.finetune import finetune
+from mem_nb.panel import Pick, Said, Slide
+from mem_nb.pretrain import pretrain
+from mem_nb.stills import likeness, png_of
+from mem_nb.tokenizer import tokenizer
 
 CONFIGS = Path(__file__).parents[1]/'configs'
 
@@ -12,6 +18,44 @@ CONFIGS = Path(__file__).parents[1]/'configs'
 def events():
     r,n = np.random.default_rng(0),4000
     return make_events(r.integers(0, 34, n), r.integers(0, 34, n), np.sort(r.integers(0, 300_000, n)), r.integers(0, 2, n))
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    "A run that was trained for seconds."
+    root = tmp_path_factory.mktemp('explorers')
+    cfg = parse_config(TINY, [f'runs_dir={root}/runs', f'data_path={root}/digits', 'expweek=', 'expname=small'])
+    tokenizer(cfg); pretrain(cfg); finetune(cfg); save_config(cfg, cfg.folder/'run.conf')
+    return cfg.folder
+
+def other_values(control):
+    "Both ends and the middle of a slider; every word; yes and no."
+    if isinstance(control, Slide): return {control.fit(min(control.high, control.low+round(k/2*(control.high-control.low)/control.step)*control.step)) for k in range(3)}
+    return control.options if isinstance(control, Pick) else (True,False)
+
+def test_a_layout_that_is_kept_is_the_one_that_would_be_found(events, run):
+    "Whatever control moves, the picture is the same, byte for byte."
+    labels = np.arange(32)[:,None]//8%4 + np.zeros((3,32,32), int)
+    panels = [w.explore_recording(events, (34,34)), w.explore_frames(events, (34,34)), w.explore_masks(events, (34,34)), w.watch_training(run), w.explore_codebook(run), w.explore_attention(run),
+              w.explore_reconstruction(run), w.browse_evaluation(run), w.step_segmentation(torch.rand(3,3,32,32), labels, labels[:,::-1], ['a','bb','ccc','dddd'])]
+    for panel in panels:
+        kept = {}
+        for name,c in panel.controls.items():
+            for v in other_values(c):
+                try: pictures = [png_of(panel.figure(**{name:v}), known=where) for where in (kept,None)]
+                except ValueError: continue                  # refused, with a sentence
+                assert pictures[0]==pictures[1], (panel.controls, name, v)
+        assert 0<len(kept)<30
+    assert not plt.get_fignums()
+
+def test_figures_that_need_other_room_are_not_alike():
+    def drawn(scale=1., title='one line', size=10, words=None):
+        fig,ax = plt.subplots(layout='constrained')
+        ax.plot([0,scale]); ax.set_title(title); ax.tick_params(labelsize=size)
+        if words: ax.set_yticks(range(len(words)), words)
+        try: return likeness(fig)
+        finally: plt.close(fig)
+    kinds = [drawn(), drawn(1000.), drawn(title='two\nlines'), drawn(title=''), drawn(size=20), drawn(words=['a','b']), drawn(words=['a','a long word'])]
+    assert len(set(kinds))==len(kinds) and drawn(title='others')==drawn() and drawn(1.01)!=drawn(9e6)
 
 def test_one_frame_has_one_place(events):
     masks = w.explore_masks(events, (34,34))
@@ -38,6 +82,77 @@ def test_the_monitor_finds_steps_that_begin_later(tmp_path):
     assert panel.set(step='pretrain').figure().axes[0].get_title()=='pretrain: loss'
     assert offered.value=='pretrain'
     with pytest.raises(ValueError, match='finetune'): panel.set(step='finetune')
+
+def test_the_monitor_follows_a_log_that_was_taken_back(tmp_path):
+    (tmp_path/'pretrain').mkdir()
+    log = tmp_path/'pretrain'/'log.jsonl'
+    write = lambda losses, more='': log.write_text(''.join(json.dumps(dict(step=k, loss=v)) + '\n' for k,v in enumerate(losses, 1)) + more)
+    write([2.,2.5,2.25,2.75])
+    panel = w.watch_training(tmp_path)
+    shown = lambda: panel.figure(quantity='loss').axes[0].lines[-1].get_ydata().tolist()
+    assert shown()==[2.,2.5,2.25,2.75]
+    write([2.,2.5,3.25,3.75,3.5,3.])                         # killed after step 4, continued from step 2, and longer than before at the next look
+    assert shown()==[2.,2.5,3.25,3.75,3.5,3.]
+    write([2.,2.5])                                          # shorter
+    assert shown()==[2.,2.5]
+    write([2.,2.5], '{"step": 3, "lo')                       # a line half written
+    assert shown()==[2.,2.5]
+    log.unlink()
+    assert shown()==[2.,2.5]                                 # gone; what was seen stays
+
+def test_the_monitor_offers_numbers_that_come_later(tmp_path):
+    (tmp_path/'finetune'/'scratch_50_seed0').mkdir(parents=True)
+    log = tmp_path/'finetune'/'scratch_50_seed0'/'log.jsonl'
+    log.write_text('{"step": 1, "loss": 2.0, "note": "no number"}\n')
+    panel = w.watch_training(tmp_path)
+    panel.picture()
+    assert panel.controls['quantity'].options==('loss',)
+    with open(log, 'a') as f: f.write('{"step": 2, "loss": 1.0, "val_accuracy": 0.5}\n{"step": 3, "loss": 1.0}\n')
+    panel.picture()
+    assert panel.controls['quantity'].options==('loss','val_accuracy') and panel.set(quantity='val_accuracy').picture()[0]
+
+def test_a_refused_picture_leaves_no_figure(tmp_path):
+    (tmp_path/'pretrain').mkdir(); (tmp_path/'tokenizer').mkdir()
+    (tmp_path/'pretrain'/'log.jsonl').write_text('{"step": 1, "loss": 2.0}\n'); (tmp_path/'tokenizer'/'log.jsonl').write_text('')
+    panel = w.watch_training(tmp_path)
+    png,_,told = panel.picture(step='tokenizer')
+    assert not png and 'tokenizer' in told and not plt.get_fignums()
+
+def test_play_goes_on_from_where_the_slider_is(events):
+    panel = w.explore_recording(events, (34,34))
+    panel._repr_mimebundle_()
+    row = next(b for b in panel.widget.box.children[0].children if len(getattr(b, 'children', ()))==2)
+    play,slider = row.children
+    slider.value = .8
+    assert play.value==80
+    play.value += 1
+    assert slider.value==pytest.approx(.81) and panel.values['position']==pytest.approx(.81)
+    panel.set(position=.2)
+    assert play.value==20
+
+@pytest.mark.parametrize('wrong', [None, 5, ['runs/demo']])
+def test_no_run_folder_is_told_in_a_sentence(wrong):
+    for explore in (w.explore_reconstruction, w.explore_codebook, w.explore_attention, w.watch_training, w.browse_evaluation):
+        said = explore(wrong)
+        assert isinstance(said, Said) and 'folder of a run' in said.text and isinstance(said.error, ValueError)
+
+def test_arrays_that_are_no_events_are_told(events):
+    for a,size,word in ((np.zeros(5), None, 'fields x, y, t and p'), (events[::-1].copy(), None, 'backwards'), (events, (8,8), 'sensor size'), (events, 34, '(H, W)'), (events, ('a',2), '(H, W)')):
+        for explore in (w.explore_recording, w.explore_frames, w.explore_masks): assert word in explore(a, size).text
+    assert '(B, C, H, W)' in w.explore_masks(torch.rand(3,32,32)).text and w.explore_masks(torch.rand(1,3,32,32, requires_grad=True)).picture()[0]
+    assert w.step_segmentation(torch.rand(1,3,32,32, requires_grad=True), np.zeros((1,32,32), int)).picture()[0]
+    assert isinstance(w.step_segmentation(None, None), Said) and isinstance(w.explore_recording(), Said)
+
+def test_a_copy_among_the_finetunings_is_none(run, tmp_path):
+    from shutil import copytree
+    from mem_nb.model_widgets import run_config
+    from mem_nb.run_widgets import finetuned
+    copytree(run, other := tmp_path/'small')
+    before = finetuned(run_config(other))
+    first = other/'finetune'/next(iter(before))
+    copytree(first, other/'finetune'/'backup'); copytree(first, other/'finetune'/'scratch_40_seed_old')
+    (first/'final.json').unlink()
+    assert set(finetuned(run_config(other)))==set(before)-{first.name}
 
 @pytest.mark.parametrize('wrong', [5, None, '/nonexistent.bin'])
 def test_no_recording_is_told_in_a_sentence(wrong):

@@ -51,7 +51,8 @@ CASES = {'tokens':('pretrain', []), 'random':('pretrain', ['masking=random']), '
          'informative':('pretrain', ['pt_informative=1.2', 'masking=random']), 'mae':('pretrain', ['mae=1']),
          'mae_informative':('pretrain', ['mae=1', 'pt_norm_pix=1', 'pt_informative=1']),
          'contrast':('pretrain', ['mae=1', 'pt_contrast=.5']), 'finetune':('finetune', []),
-         'held_out':('finetune', ['class_keep=held_out']), 'tokenizer':('tokenizer', [])}
+         'held_out':('finetune', ['class_keep=held_out']), 'mixed':('finetune', ['class_mixup=.8', 'class_cutmix=1']), 'balanced':('finetune', ['class_balanced=1']),
+         'tokenizer':('tokenizer', [])}
 SHARDED = ('tokens','mae','contrast','finetune','held_out','tokenizer')    # also with the model shared out
 WORDS = "import sys; sys.path.insert(0, sys.argv[1])\nfrom test_processes import main; main(*sys.argv[2:])"
 

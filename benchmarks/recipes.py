@@ -1,0 +1,103 @@
+"""What makes a small encoder learn from few labels? Tries inside the training part of N-MNIST: 400 recordings to learn from, 200 others of it to judge on.
+
+OMP_NUM_THREADS=1 python benchmarks/recipes.py --data <folder with Train/<digit>/<id>.bin> --json benchmarks/recipes.json
+
+Two tables: training from scratch (rate, length, and what else might help), and the shape of the encoder (patch, depth, class token) under a short pretraining.
+All else is configs/nmnist.conf; the recordings that benchmarks/evidence.py reports on are not read. The rows of other parts, from trials done by
+hand, stay in the file as they are. Stop it at any moment; the same command goes on, and finished rows are kept.
+"""
+import argparse, json
+from functools import partial
+from pathlib import Path
+from unittest.mock import patch
+import numpy as np
+from common import machine, write
+from mem_nb import finetune as finetuning
+from mem_nb.config import load_config
+from mem_nb.data import num_steps
+from mem_nb.datasets import prepared
+from mem_nb.encoder import config_encoder
+from mem_nb.finetune import finetune_one
+from mem_nb.pretrain import pretrain
+from mem_nb.protocols import pretrained_encoder, simple_records
+from mem_nb.store import EventStore
+
+CONFIGS = Path(__file__).parents[1]/'configs'
+DRAWS = (0,1)                      # of labels, for what is trained; probes have five
+STEPS = 938                        # of the short pretrainings, a quarter of the recipe's
+SCRATCH = {                        # what is different from scratch's settings in configs/nmnist.conf
+    'rate 1.5e-3':            ['class_scratch_lr=1.5e-3'],
+    'rate 3e-3':              [],
+    'rate 6e-3':              ['class_scratch_lr=6e-3'],
+    'two blocks':             ['transformer_depth=2'],
+    'layer decay 0.8':        ['class_scratch_layer_decay=0.8'],
+    'mixup 0.4':              ['class_mixup=0.4'],
+    'class token':            ['class token'],
+    'position bias at 0':     ['transformer_position_start=zero']}
+LENGTHS = {100:(600,1200,2400), 50:(1200,2400), 'all':(1200,2400)}
+SHAPES = {
+    'patches of 4 pixels, 4 blocks':           [],
+    'patches of 8 pixels (frames of 32×32)':   ['num_layers=3', 'input_H=32', 'input_W=32', 'num_mask_patches=8'],
+    '2 blocks':                                ['transformer_depth=2'],
+    '6 blocks':                                ['transformer_depth=6'],
+    'patches of 2 pixels':                     ['num_layers=1', 'num_mask_patches=98']}
+
+def split_list(args):
+    "Every third training recording of a class is judged on, the others are learned from; the reported ones are left out."
+    names = [line for line in (CONFIGS/'splits/nmnist_800.txt').read_text().split() if line.startswith('train/')]
+    lines = [('val' if k%3==2 else 'train') + name[5:] for k,name in enumerate(names)]
+    (out := Path(args.runs)/'recipes/split.txt').parent.mkdir(parents=True, exist_ok=True)
+    out.write_text('\n'.join(lines)+'\n')
+    return out
+
+def config_of(name, words, args):
+    "The study's recipe with a few settings changed, on the split of this search."
+    own = [w for w in words if '=' in w]
+    return load_config(CONFIGS/'nmnist.conf', [f'data_path={args.data}', f'split_file={split_list(args)}', f'runs_dir={args.runs}', 'expweek=recipes', f'expname={name}', *own])
+
+def from_scratch(what, words, n, steps, args):
+    "Mean accuracy over the draws."
+    cfg = config_of(f"scratch_{list(SCRATCH).index(what)}_{steps}", [*words, f'class_min_steps={steps}'], args)
+    train,val = (EventStore(prepared(cfg), part) for part in ('train','val'))
+    if num_steps(len(train) if n=='all' else n, cfg.finetune.epochs, cfg.finetune.batch_size)>steps: raise ValueError(f'{n} labels have more than {steps} steps')
+    token = patch.object(finetuning, 'config_encoder', partial(config_encoder, global_pool='token')) if 'class token' in words else patch.object(finetuning, 'config_encoder', config_encoder)
+    with token: found = [finetune_one(cfg, train, val, 'scratch', n, s) for s in DRAWS]
+    return dict(part='scratch', what=what, n_labels=found[0]['n_labels'], steps=steps, accuracy=100*float(np.mean([f['accuracy'] for f in found])), draws=len(found),
+                seconds=sum(f['seconds'] for f in found), split_hash=train.split_hash)
+
+def shape(what, words, args):
+    "Probes of frozen features, and finetuning with 100 labels, after a short pretraining."
+    cfg = config_of(f'shape_{list(SHAPES).index(what)}', words, args)
+    train,val = (EventStore(prepared(cfg), part) for part in ('train','val'))
+    cfg.pretrain.epochs = STEPS/num_steps(len(train), 1, cfg.pretrain.batch_size)
+    spent = pretrain(cfg)['seconds']
+    cfg.finetune.labels,cfg.finetune.seeds = (50,100,'all'),(0,1,2,3,4)
+    found = simple_records(cfg, train, val, pretrained_encoder(cfg), only=('knn on features','linear probe'))
+    mean = lambda method: {str(n):100*float(np.mean([r['accuracy'] for r in found if r['method']==method and r['n_labels']==n])) for n in (50,100,len(train))}
+    tuned = [finetune_one(cfg, train, val, 'pretrained', 100, s)['accuracy'] for s in DRAWS]
+    return dict(part='shape', what=what, steps=STEPS, knn=mean('knn on features'), linear=mean('linear probe'), finetuned=100*float(np.mean(tuned)), draws=len(tuned), seconds=spent, split_hash=train.split_hash)
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--data', default='data/nmnist', help='folder with Train/<digit>/<id>.bin')
+    parser.add_argument('--runs', default='runs', help='where the runs lie')
+    parser.add_argument('--json', default='benchmarks/recipes.json', help='file of the rows, read and written')
+    parser.add_argument('--only', choices=('scratch','shape'), help='one of the two tables')
+    args = parser.parse_args()
+    file = Path(args.json)
+    rows = json.loads(file.read_text()) if file.is_file() else []
+    key = lambda r: tuple(r.get(k) for k in ('part','what','n_labels','steps'))
+    def keep(row):
+        rows[:] = [r for r in rows if key(r)!=key(row)]+[row]
+        write(file, rows); print(row, flush=True)
+    if args.only!='shape':
+        for what,words in SCRATCH.items():
+            for steps in LENGTHS[100] if what.startswith('rate') else (1200,): keep(from_scratch(what, words, 100, steps, args))
+        best = max((r for r in rows if r['part']=='scratch' and r['n_labels']==100), key=lambda r: r['accuracy'])['what']
+        for n in (50,'all'):
+            for steps in LENGTHS[n]: keep(from_scratch(best, SCRATCH[best], n, steps, args))
+    if args.only!='scratch':
+        for what,words in SHAPES.items(): keep(shape(what, words, args))
+    print(machine())
+
+if __name__=='__main__': main()
