@@ -11,7 +11,7 @@ import math
 import matplotlib.pyplot as plt, numpy as np, torch, torch.nn.functional as F
 from einops import rearrange
 from sklearn.cluster import KMeans
-from .viz import LINES, show_code_shares, show_frame, show_frames, style
+from .viz import LINES, show_code_shares, show_frame, show_frames, style, two_colors
 from .tokenizer import EventVAE, reconstruct
 
 # %% ../nbs/09b_codebook.ipynb #dbeac5e8
@@ -46,12 +46,13 @@ def codebook_figure(
     first:int=0,           # rank of the first of them, 0 the commonest
     cols:int=12,           # codes a row
     own_scale:bool=False,  # colour each to its own largest value, which shows the shape of faint ones
+    representation:str='histogram',  # of the frames
 ):                         # the figure
     "Codes as patches, the commonest first, each with its share of the tokens; raises ValueError past the last."
     counts = code_counts(vae, frames)
     order = counts.argsort(descending=True, stable=True)[first:first+most]
     if not len(order): raise ValueError(f"first = {first}, but there are {len(counts)} codes, of rank 0…{len(counts)-1}")
-    pictures,share = code_pictures(vae, order),100*counts[order]/counts.sum()
+    pictures,share = two_colors(code_pictures(vae, order), representation),100*counts[order]/counts.sum()
     fig = show_frames(pictures, [f'{s:.2g} %' if s else 'unused' for s in share.tolist()], cols)
     for ax,f in zip(fig.axes, pictures): show_frame(f, ax, ax.get_title(), vmax=max((f if own_scale else pictures).max().item(), 0) or None)
     fig.suptitle(f'Rank {first+1}…{first+len(order)} of {len(counts)} codes; {(counts>0).sum()} in use, '

@@ -73,6 +73,7 @@ def _check_combinations(cfg, where):
         (H%cfg.patch==0==W%cfg.patch, f"input_H = {H} and input_W = {W} should be multiples of the patch, 2**num_layers = {cfg.patch} pixels"),
         (0<n<h*w, f"num_mask_patches = {n} should lie in 1…{h*w-1}, since the grid has {h}×{w} = {h*w} patches"),
         (whole(cfg.run.seed, cfg.data.split_seed, *cfg.finetune.seeds), "seed, split_seed and class_seeds should be whole numbers, 0 or above"),
+        (whole(cfg.run.snapshots), f"snapshots = {cfg.run.snapshots} should be 0 (none) or the number of parts of a training"),
         (whole(*g.seeds), "seg_seeds should be whole numbers, 0 or above"),
         (all(s%cfg.patch==0 for s in seen), f"seg_H and seg_W, {seen[0]} and {seen[1]}, should be multiples of the patch, {cfg.patch} pixels"),
         (not g.methods or len(g.blocks)==4 and whole(*g.blocks) and 0<g.blocks[0]<=g.blocks[1]<=g.blocks[2]<=g.blocks[3]==e.depth,

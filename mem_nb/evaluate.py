@@ -219,7 +219,7 @@ def _learned_sections(cfg, summary, val):
                                   'Feature map')) if encoder is not None and labelled else '',
         html_section('The tokenizer', f"Frames rebuilt from their tokens, {t['bits']:,} bits, have a squared error of {t['mse']:.3g}; PCA in as many bits "
                      f"has {t['pca_mse']:.3g}, the mean frame {t['mean_frame_mse']:.3g}. The codes, with their share of all tokens:",
-                     html_picture(codebook_figure(run_tokenizer(cfg), some_frames(val, cfg.data), cols=8), 'Codes by frequency'), curves('tokenizer')) if t else '']
+                     html_picture(codebook_figure(run_tokenizer(cfg), some_frames(val, cfg.data), cols=8, representation=cfg.data.representation), 'Codes by frequency'), curves('tokenizer')) if t else '']
 
 def _mistake_section(cfg, summary, val):
     "One classifier from near: confusion, calibration, and its worst answers as pictures."

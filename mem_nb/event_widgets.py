@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt, numpy as np, torch
 from matplotlib.colors import to_rgb
 from .events import check_events, event_rate
 from .formats import read_events, recording_size
-from .viz import BRIGHTER, DARKER, LINES, frame_to_rgb, show_events, show_frame, show_mask
+from .viz import BRIGHTER, DARKER, LINES, frame_to_rgb, show_events, show_frame, show_mask, two_colors
 from .batches import batch_events
 from .frames import event_histogram, to_frames
 from .augment import COLOR, GEOMETRIC, affine_events, apply_op, bend_events, draw_bend, drop_events, flip_x, shift_events, time_reverse
@@ -26,6 +26,7 @@ def _recording(recording, size):
     if not given and not isinstance(recording, (str,Path)): raise ValueError(f"wanted a file or an array of events, got {recording!r}")
     if given and not {'x','y','t','p'}<=set(recording.dtype.names or ()): raise ValueError(f"an array of {recording.dtype}; events have the fields x, y, t and p, see mem_nb.events.make_events")
     if size is not None and not (isinstance(size, (tuple,list)) and len(size)==2 and all(isinstance(n, (int,np.integer)) and n>0 for n in size)): raise ValueError(f"size = {size!r} should be (H, W) of the sensor, in pixels")
+    if not given and Path(recording).is_dir(): raise ValueError(f"{recording} is a folder; name one recording in it")
     events = recording if given else read_events(recording, size=size)
     if not len(events): raise ValueError(f"{'this recording' if given else recording} holds no events")
     known = size or (None if given else recording_size(recording)) or (int(events['y'].max())+1, int(events['x'].max())+1)
@@ -73,6 +74,7 @@ def explore_recording(
     ms = lambda t: (t-int(events['t'][0]))/1000
     bin_us = max(1, int(events['t'][-1]-events['t'][0])//200)
     edges,rate = event_rate(events, bin_us)
+    if len(rate)>1: edges,rate = edges[:-1],rate[:-1]        # the last bin is cut by the end
     def draw(by, length, position, colors, cloud):
         own = cut_window(events, by, 10**length, position)
         fig = plt.figure(figsize=(8.4,3.4), layout='constrained')
@@ -87,7 +89,7 @@ def explore_recording(
         ax = fig.add_subplot(right)
         ax.stairs(rate/1000, ms(edges), color='#555', linewidth=1)
         if len(own): ax.axvspan(ms(int(own['t'][0])), ms(int(own['t'][-1])), color=LINES[3], alpha=.35)
-        ax.set(xlabel='t (ms)', ylabel='1000 events / s', ylim=(0,None), title='the whole recording, and the window')
+        ax.set(xlabel='t (ms)', ylabel='1000 events / s', xlim=(0, max(ms(int(events['t'][-1])), 1e-3)), ylim=(0,None), title='the whole recording, and the window')
         return fig
     return Panel(draw, dict(by=Pick(('time','events'), label='cut by'), length=Slide(-3, 0, -1, .05, label='length, 10^'),
                             position=Slide(0, 1, 0, .01, play=250), colors=Pick(tuple(COLORS)), cloud=Tick(label='x-y-t cloud')),
@@ -126,7 +128,7 @@ def explore_frames(
         fig,axs = plt.subplots(1, 2, figsize=(7.6,3.4), layout='constrained')
         for ax,f,title in zip(axs, (before,after), ('frame', augmentation.replace('_', ' '))):
             if representation=='time surface': ax.imshow(f[1], cmap='viridis', vmin=0, vmax=1, interpolation='nearest')
-            elif representation=='stacked counts': show_frame(f.unflatten(0, (2,-1)).sum(1), ax)      # all slices of a polarity
+            elif representation=='stacked counts': show_frame(two_colors(f, 'stacked'), ax)
             else: show_frame(f, ax, vmax=1. if normalize else None)
             ax.set(title=f'{title}: {100*(f.abs().sum(0)>0).float().mean():.0f} % of the pixels, up to {f.abs().max():.2g}', xlabel='x (px)')
         return fig
@@ -144,6 +146,7 @@ def explore_masks(
 ) -> Panel:
     "Draw masks over frames: kind, share, block size, patch and seed on controls."
     if not torch.is_tensor(frames):
+        if isinstance(frames, np.ndarray) and not frames.dtype.names and frames.ndim==4: return explore_masks(torch.from_numpy(frames), size, patches)
         events,size = _recording(frames, size)
         frames = to_frames(batch_events([events[:30000]], size), (224,224), gain=2.)
     if frames.ndim!=4: raise ValueError(f"frames of shape {tuple(frames.shape)}; wanted (B, C, H, W)")
@@ -161,7 +164,7 @@ def explore_masks(
         fig,axs = plt.subplots(1, 3, figsize=(8.4,3.1), layout='constrained')
         full = float(frame.abs().max()) or None
         show_frame(frame[0], axs[0], 'frame', full)
-        show_mask(frame[0], mask[0], grid, axs[1], f'{n} of {total} patches hidden')
+        show_mask(frame[0], mask[0], grid, axs[1], f'{n} of {total} patches hidden', full)
         show_frame(visible, axs[2], f'what remains: {100*(1-gone):.0f} % of the events', full)
         return fig
     return Panel(draw, dict(sample=Slide(0, len(frames)-1, 0), kind=Pick(MASKS), share=Slide(.05, .95, .5, .05), block=Slide(1, 64, 16, label='block, patches'),

@@ -12,7 +12,7 @@ from .data import all_frames
 from .finetune import finetune_config, load_classifier, predict
 from .probes import describe
 from .train import pick_device
-from .viz import show_frames, style
+from .viz import show_frames, style, two_colors
 
 # %% ../nbs/13f_mistakes.ipynb #7736c23c
 def pick_record(records):
@@ -56,7 +56,7 @@ def show_worst(
     short = lambda c: str(store.classes[c])[:9]
     p = probabilities.numpy()
     titles = [f'is {short(store.labels[i])}: {100*p[i,store.labels[i]]:.0f} %\nsaid {short(p[i].argmax())}: {100*p[i].max():.0f} %' for i in indices]
-    fig = show_frames(all_frames(store, data, indices), titles, cols=8)
+    fig = show_frames(two_colors(all_frames(store, data, indices), data.representation), titles, cols=8)
     rows = -(-len(indices)//8)
     fig.set_size_inches(max(fig.get_figwidth(), 4.6)*1.12, fig.get_figheight() + .3*rows + .3)
     for ax in fig.axes: ax.title.set_fontsize(8)

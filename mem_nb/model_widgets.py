@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, torch
 from matplotlib.patches import Rectangle
 from .config import load_config
-from .viz import LINES, frame_to_rgb, show_frame, show_mask
+from .viz import LINES, frame_to_rgb, show_frame, show_mask, two_colors
 from .store import EventStore
 from .datasets import prepared
 from .data import all_frames
@@ -22,7 +22,7 @@ from .masking import MASKS, make_masks
 from .encoder import config_encoder, load_encoder
 from .pretrain import build_model, frozen_tokens, pretrain_task, strip
 from .inside import attention_from, show_attention
-from .panel import Panel, Pick, Slide, Tick, explorer
+from .panel import GrowingPick, Panel, Pick, Slide, Tick, explorer
 
 # %% ../nbs/16b_model_widgets.ipynb #95d3547a
 def run_config(
@@ -37,9 +37,10 @@ def run_config(
 def stages(
     folder:Path,   # of a step of a run
 ) -> dict:         # word -> file of weights, the newest first
-    "The weights that a step has left so far; FileNotFoundError where there are none yet."
+    "The weights that a step has left so far, with those kept along the way (`snapshots`); FileNotFoundError where there are none yet."
     found = {'final':folder/'final.safetensors', 'last saved':folder/'last'/'state.pt', 'saved before':folder/'last'/'before.pt'}
-    there = {k:p for k,p in found.items() if p.is_file()}
+    along = {f'step {int(p.stem):,}':p for p in sorted((folder/'steps').glob('*.safetensors'), reverse=True)}
+    there = {k:p for k,p in (found | along).items() if p.is_file()}
     if not there: raise FileNotFoundError(f"no weights in {folder} yet; run this step, or wait until it has saved for the first time (save_minutes)")
     return there
 
@@ -68,11 +69,11 @@ def likeliest(
     p,codes = logits.float().softmax(0).topk(min(k, len(logits)))
     return codes,p
 
-def _answer(axs, vae, tokens, logits, mask, number):
+def _answer(axs, vae, kind, tokens, logits, mask, number):
     "The clicked patch: its true token, then the likeliest ones, decoded, with their probabilities."
     codes,p = likeliest(logits[int(mask[0,:number].sum())]) if mask[0,number] else (tokens[0,number][None], torch.ones(1))
     true = tokens[0,number]
-    pictures = code_pictures(vae, torch.cat([true[None], codes]))
+    pictures = two_colors(code_pictures(vae, torch.cat([true[None], codes])), kind)
     for ax in axs: ax.axis('off')
     for ax,picture,title in zip(axs, pictures, [f'true: {true}', *(f'{c}: {100*v:.0f} %' for c,v in zip(codes.tolist(), p.tolist()))]):
         ax.axis('on'); show_frame(picture, ax, title, vmax=float(pictures.max()) or None)
@@ -87,41 +88,46 @@ def explore_reconstruction(
 ) -> Panel:
     "What a masked model says is hidden: choose sample, weights and mask, and click a patch."
     cfg = run_config(run)
-    found = stages(cfg.folder/'pretrain')
+    if not cfg.pretrain.hidden: raise ValueError(f"{run} was pretrained by two views alone (pt_hidden = 0): nothing was asked about hidden patches; explore_attention shows where its encoder looks")
+    offered = GrowingPick(lambda: tuple(stages(cfg.folder/'pretrain')))
+    offered.value = offered.options[0]                   # the newest
     if not cfg.pretrain.mae: load_tokenizer(cfg)         # says what is missing before any recording is prepared
     task,frames = pretrain_task(cfg),_some(cfg, n)
     patch,grid = cfg.patch,cfg.grid
     total = grid[0]*grid[1]
-    @cache
-    def model(stage): return load_weights(build_model(cfg), found[stage]).eval()
+    @lru_cache(2)
+    def model(path, written): return load_weights(build_model(cfg), path).eval()
     @lru_cache(8)                                        # a click on a patch asks for the same again
     @torch.inference_mode()
     def guess(sample, weights, masking, hidden, seed):
         frame,generator = frames[sample:sample+1],torch.Generator().manual_seed(seed)
         mask = make_masks(masking, grid, hidden, 1, generator, frame)
-        rows = strip(model(weights), task.vae, frame, mask, task.norm_pix)
-        return (frame, mask, rows, *((frozen_tokens(task.vae, frame), model(weights)(frame, mask)) if task.vae else (None,None)))
+        rows = strip(model(*weights), task.vae, frame, mask, task.norm_pix)
+        return (frame, mask, rows, *((frozen_tokens(task.vae, frame), model(*weights)(frame, mask)) if task.vae else (None,None)))
     @torch.inference_mode()
-    def draw(sample, weights, masking, hidden, seed, patch_number):
-        frame,mask,rows,tokens,logits = guess(sample, weights, masking, hidden, seed)
-        pictures = [v[0] for v in rows.values()]
+    def draw(sample, weights, masking, hidden, seed, patch_number=0):
+        file = stages(cfg.folder/'pretrain').get(weights)
+        if file is None: raise ValueError(f"{weights} is no longer there, since the training went on; choose others")
+        frame,mask,rows,tokens,logits = guess(sample, (file, file.stat().st_mtime_ns), masking, hidden, seed)
+        error = (rows['predicted'][0]-frame[0]).abs().sum(0)
+        pictures = [two_colors(v[0], cfg.data.representation) for v in rows.values()]
         fig = plt.figure(figsize=(9.6,4.2 if task.vae else 2.5), layout='constrained')
         top,below = (fig.subfigures(2, 1) if task.vae else (fig,None))
-        axs,full = top.subplots(1, len(pictures)+1),float(frame.max()) or None
+        axs,full = top.subplots(1, len(pictures)+1),float(pictures[0].abs().max()) or None
         for ax,name,f in zip(axs, rows, pictures): show_frame(f, ax, name, full)
-        show_mask(frame[0], mask[0], grid, axs[1], f'{hidden} of {total} hidden')
-        error = (pictures[-1]-frame[0]).abs().sum(0)
+        show_mask(pictures[0], mask[0], grid, axs[1], f'{hidden} of {total} hidden', full)
         axs[-1].imshow(error, cmap='Greys', vmin=0, vmax=float(full or 1)); axs[-1].set(xticks=[], yticks=[], title=f'error, mean {error.mean():.3f}')
         axs[0].set_label('frame')
         if task.vae:
             axs[-2].set_title(f'predicted: {100*(logits.argmax(1)==tokens[mask]).float().mean():.0f} % right')
             _mark(axs[0], patch_number, patch, grid); _mark(axs[-2], patch_number, patch, grid)
-            _answer(below.subplots(1, 6), task.vae, tokens, logits, mask, patch_number)
+            _answer(below.subplots(1, 6), task.vae, cfg.data.representation, tokens, logits, mask, patch_number)
             below.suptitle('the patch that was clicked: the true code, and the likeliest five', fontsize=9)
         return fig
-    return Panel(draw, dict(sample=Slide(0, len(frames)-1, 0), weights=Pick(tuple(found)), masking=Pick(MASKS, task.kind),
-                            hidden=Slide(1, total-1, task.num_hidden, label='patches hidden'), seed=Slide(0, 50, 0),
-                            patch_number=Slide(0, total-1, total//2)),
+    controls = dict(sample=Slide(0, len(frames)-1, 0), weights=offered, masking=Pick(MASKS, task.kind),
+                    hidden=Slide(1, total-1, task.num_hidden, label='patches hidden'), seed=Slide(0, 50, 0))
+    if not task.vae: return Panel(draw, controls)        # pixels have no codes to tell of
+    return Panel(draw, controls | dict(patch_number=Slide(0, total-1, total//2)),
                  lambda label,x,y,values: None if (k := _patch_at(label, x, y, patch, grid)) is None else dict(patch_number=k),
                  note='click a patch of the first picture')
 
@@ -140,7 +146,8 @@ def explore_codebook(
     counts = torch.bincount(tokens.flatten(), minlength=vae.num_tokens)
     order,pages = counts.argsort(descending=True, stable=True),-(-vae.num_tokens//page)
     cols = 8
-    pictures = cache(lambda k: code_pictures(vae, order[k*page:(k+1)*page]))
+    pictures = cache(lambda k: two_colors(code_pictures(vae, order[k*page:(k+1)*page]), cfg.data.representation))
+    shown = two_colors(frames, cfg.data.representation)
     def draw(page_number, rank):
         codes,code = order[page_number*page:(page_number+1)*page],order[rank]
         p,full = patch+1,float(pictures(0).max()) or 1.
@@ -156,7 +163,8 @@ def explore_codebook(
             axs['A'].add_patch(Rectangle((i%cols*p-.5, i//cols*p-.5), p+1, p+1, fill=False, ec='k', lw=2))
         said = (tokens==code).sum(1)
         for ax,k in zip((axs[c] for c in 'BCDE'), said.argsort(descending=True, stable=True).tolist()):
-            show_frame(frames[k], ax, f'said {said[k]} times')
+            if not said[k]: ax.axis('off'); continue
+            show_frame(shown[k], ax, f'said {said[k]} times')
             for number in (tokens[k]==code).nonzero()[:,0].tolist(): _mark(ax, number, patch, grid)
         fig.suptitle(f'code {code}, rank {rank+1}: {100*counts[code]/counts.sum():.2g} % of the tokens of {len(frames)} frames', fontsize=10)
         return fig
@@ -183,7 +191,7 @@ def explore_attention(
     def draw(sample, block, patch_number):
         place = divmod(patch_number, grid[1])
         maps = attention_from(encoder, frames[sample], place, block)
-        fig = show_attention(frames[sample], maps, place, f'block {block+1} of {len(encoder.blocks)}, seen from row {place[0]}, column {place[1]}')
+        fig = show_attention(two_colors(frames[sample], cfg.data.representation), maps, place, f'block {block+1} of {len(encoder.blocks)}, seen from row {place[0]}, column {place[1]}')
         fig.axes[0].set_label('frame')
         return fig
     return Panel(draw, dict(sample=Slide(0, len(frames)-1, 0), block=Slide(0, len(encoder.blocks)-1, len(encoder.blocks)-1), patch_number=Slide(0, grid[0]*grid[1]-1, grid[0]*grid[1]//2)),

@@ -33,7 +33,7 @@ from .targets import (TokenCache, check_fixed, commonest_share, contrast_loss, f
 from .tokenizer import load_tokenizer, tokenizer_path
 from .state import load_weights, step_settings, weights_hash
 from .train import compile_model, cosine_schedule, fit, step_seed
-from .viz import HIDDEN, frame_to_rgb
+from .viz import HIDDEN, frame_to_rgb, two_colors
 
 _all_ = ['frozen_tokens','hidden_pixels','masked_accuracy','masked_loss','pixel_loss']   # from `targets`
 
@@ -258,7 +258,7 @@ def strip_figure(
     device,training = next(model.parameters()).device,model.training
     frames = torch.cat(list(task.shown(task.val, device, n)))
     mask = task.masks(frames, torch.Generator(device).manual_seed(step_seed(task.seed, 12)))
-    rows = strip(model.eval(), task.vae, frames, mask, task.norm_pix)
+    rows = {k:two_colors(v, task.data.representation) for k,v in strip(model.eval(), task.vae, frames, mask, task.norm_pix).items()}
     if task.norm_pix: rows['predicted,\ntrue mean, std'] = rows.pop('predicted')
     model.train(training)
     hidden = from_patches(mask[...,None].expand(-1, -1, task.patch**2), frames.shape[2:])

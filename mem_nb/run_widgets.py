@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, torch
-from .viz import LINES, frame_to_rgb, show_confusion, show_frame, show_label_curve
+from .viz import LINES, frame_to_rgb, show_confusion, show_frame, show_label_curve, two_colors
 from .state import is_done
 from .store import EventStore
 from .datasets import prepared
@@ -43,7 +43,8 @@ class GrowingLog:
                 f.seek(0)
             new = f.read()
         if whole := new[:new.rfind(b'\n')+1]:
-            records = json.loads(b'[' + b','.join(whole.splitlines()) + b']')
+            try: records = json.loads(b'[' + b','.join(whole.splitlines()) + b']')
+            except ValueError as e: raise ValueError(f"{self.path}: a line is damaged ({e}); continue the training, which takes back what it cannot read, or remove the line") from None
             for r in records: self.keys.update(r)
             self.records,self.at,self.end = self.records+records,self.at+len(whole),(self.end+whole)[-200:]
         return self.records
@@ -60,10 +61,12 @@ class GrowingLog:
 def step_logs(
     run,           # folder of a run
 ) -> dict:         # step, such as pretrain or finetune/pretrained_50_seed0 -> path of its log
-    "The logs of a run, in the order in which they were begun; FileNotFoundError where there is no such folder."
+    "The logs of a run, in the order of its steps; FileNotFoundError where there is no such folder."
     run = Path(run)
     if not run.is_dir(): raise FileNotFoundError(f"no run folder {str(run)!r}; runs lie in runs/, and `mem_nb status` lists them")
-    found = sorted(run.glob('*/log.jsonl')) + sorted(run.glob('*/*/log.jsonl'))
+    order = ('tokenizer','pretrain','finetune','segment')
+    place = lambda p: ((order.index(p[0]) if p[0] in order else len(order)), p)
+    found = sorted((*run.glob('*/log.jsonl'), *run.glob('*/*/log.jsonl')), key=lambda p: place(p.relative_to(run).parts))
     return {str(p.parent.relative_to(run)):p for p in found}
 
 def thinned(
@@ -103,7 +106,7 @@ def watch_training(
     if not runs: raise ValueError("name one or several run folders, such as watch_training('runs/demo')")
     for r in runs:
         if not isinstance(r, (str,Path)): raise ValueError(f"wanted the folder of a run, such as runs/demo, got {r!r}")
-    names = {Path(r).name if len({Path(q).name for q in runs})==len(runs) else str(r):r for r in runs}
+    names = {Path(r).resolve().name if len({Path(q).resolve().name for q in runs})==len(runs) else str(r):r for r in runs}
     logs = {}                                            # (name, step) -> GrowingLog
     def begun():
         "The steps that any of the runs has begun until now."
@@ -133,7 +136,7 @@ def watch_training(
         if not told: raise ValueError(f"none of these runs has logged {step} yet; choose another step")
         axs['A'].set(xlabel='step', ylabel=quantity, title=f'{step}: {quantity}', yscale='log' if logarithmic else 'linear')
         axs['B'].set(title='learning rate'); axs['C'].set(title='images / s', xlabel='step', ylim=(0,None))
-        if axs['A'].lines: axs['A'].legend()
+        if any(len(l.get_xdata()) for l in axs['A'].lines): axs['A'].legend()
         else: axs['A'].text(.5, .5, f'{quantity} was not logged in this step', ha='center', transform=axs['A'].transAxes)
         fig.supxlabel('\n'.join(told[:4]), fontsize=8, x=.01, ha='left')
         return fig
@@ -165,6 +168,7 @@ def _records(cfg):
         records.append(dict(method=m, labels=l, n_labels=len(listed.read_text(encoding='utf-8').splitlines()), seed=s, accuracy=told['val_accuracy']))
     return records
 
+# %% ../nbs/16c_run_widgets.ipynb #8a3c06f2
 @explorer
 def browse_evaluation(
     run,         # folder of a run
@@ -178,6 +182,9 @@ def browse_evaluation(
     def sure(word):
         logits = predict(load_classifier(cfg, n, *found[word]), val, cfg.data)
         return torch.as_tensor(logits).float().softmax(1).numpy()
+    worst = np.zeros((n,n), int); np.add.at(worst, (val.labels, sure(next(iter(found))).argmax(1)), 1)
+    np.fill_diagonal(worst, 0)
+    true,said = divmod(int(worst.argmax()), n)           # begin at the commonest mistake
     def draw(classifier, true_class, said_class, label_curve):
         p = sure(classifier); said = p.argmax(1)
         fig = plt.figure(figsize=(9.6,3.8), layout='constrained')
@@ -191,7 +198,7 @@ def browse_evaluation(
         cell = cell[np.argsort(-p[cell, said_class], kind='stable')]
         right.suptitle(f'{len(cell)} recordings of {classes[true_class]} taken for {classes[said_class]}' + (', the surest first' if len(cell)>1 else ''), fontsize=10)
         if not len(cell): return fig
-        frames = all_frames(val, cfg.data, cell[:show])
+        frames = two_colors(all_frames(val, cfg.data, cell[:show]), cfg.data.representation)
         axs = right.subplots(-(-show//4), 4, squeeze=False).flat
         for ax in axs: ax.axis('off')
         for ax,f,i in zip(right.axes, frames, cell): ax.axis('on'); show_frame(f, ax, f'{100*p[i, said_class]:.0f} %')
@@ -199,7 +206,7 @@ def browse_evaluation(
     def click(label, x, y, values):
         inside = label=='confusion' and -.5<=x<n-.5 and -.5<=y<n-.5
         return dict(true_class=round(y), said_class=round(x), label_curve=False) if inside else None
-    return Panel(draw, dict(classifier=Pick(tuple(found)), true_class=Slide(0, n-1, 0), said_class=Slide(0, n-1, 0), label_curve=Tick()), click, note='click a cell')
+    return Panel(draw, dict(classifier=Pick(tuple(found)), true_class=Slide(0, n-1, true), said_class=Slide(0, n-1, said), label_curve=Tick()), click, note='click a cell')
 
 # %% ../nbs/16c_run_widgets.ipynb #0b446ce6
 @explorer
@@ -214,9 +221,12 @@ def step_segmentation(
     frames = torch.as_tensor(frames if torch.is_tensor(frames) else np.asarray(frames)).detach()
     if frames.ndim!=4: raise ValueError(f"frames of shape {tuple(frames.shape)}; wanted (T, C, H, W)")
     p,t = np.asarray(predicted),None if truth is None else np.asarray(truth)
+    for name,m in dict(predicted=p, truth=t).items():
+        if m is not None and m.dtype.kind not in 'iu': raise ValueError(f"{name} holds {m.dtype}; label maps are whole numbers")
+        if m is not None and m.size and not 0<=m.min()<=m.max()<256: raise ValueError(f"{name} holds {m.min()}…{m.max()}; labels lie in 0…255, of which {ignore} is ignored")
     if p.shape!=(len(frames), *frames.shape[2:]): raise ValueError(f"label maps of shape {p.shape} do not lie over frames of {tuple(frames.shape)}; wanted (T, H, W)")
     if t is not None and t.shape!=p.shape: raise ValueError(f"truth has shape {t.shape}, the predictions {p.shape}")
-    most = max(int(p.max()), -1 if t is None else int(t[t!=ignore].max(initial=0)))+1
+    most = max(int(m[m!=ignore].max(initial=0)) for m in (p, t) if m is not None)+1
     names = list(classes) if classes is not None else [str(k) for k in range(most)]
     if most>len(names): raise ValueError(f"label {most-1} has no name; {len(names)} classes are given")
     colors = class_colors(len(names))

@@ -33,6 +33,7 @@ class RunConfig:
     prepare_parts:int = 1      # elements of the job array among which `mem_nb prepare --slurm` divides the recordings
     prepare_part:str = ''      # which of them this process packs, such as 3/100; empty: all, and parts that lie there are joined
     save_minutes:float = 10.   # longest time between two saved training states
+    snapshots:int = 0          # cut each training into so many parts, and keep the weights after each in steps/, to look at
     allow_changes:bool = False # continue a step that was begun with other settings; they are printed
     log_every:int = 20         # steps between two lines of log.jsonl
     wandb:bool = False         # also log to wandb (offline without a login)

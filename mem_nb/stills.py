@@ -32,13 +32,13 @@ def point_at(
         if 0<=u<=1 and 0<=v<=1: return label, xlim[0]+u*(xlim[1]-xlim[0]), ylim[0]+v*(ylim[1]-ylim[0])
 
 # %% ../nbs/15d_stills.ipynb #5ee6f287
-def _ticks(axis):
-    "What decides how much room the numbers of an axis take: words that were given, or where it ends, to one digit."
+def _ticks(a, name):
+    "What decides how much room the numbers of an axis take: words that were given, or its ends."
+    axis = getattr(a, f'{name}axis')
     if not axis.get_visible(): return ()
-    given,shown = axis.get_major_formatter(),tuple(axis.get_tick_params().items())
-    if isinstance(given, FixedFormatter): return (*given.seq, *shown)
-    if isinstance(given, FuncFormatter): return (*(t.get_text() for t in axis.get_ticklabels()), *shown)
-    return (axis.get_scale(), *(f'{v:.0e}' for v in axis.get_view_interval()), *shown)
+    given,ends,shown = axis.get_major_formatter(),[f'{v:.4g}' for v in getattr(a, f'get_{name}lim')()],axis.get_tick_params().items()
+    words = given.format_ticks(axis.get_majorticklocs()) if isinstance(given, (FixedFormatter,FuncFormatter)) else ()
+    return (axis.get_scale(), *ends, *words, *shown)
 
 def _lines(*texts):
     "How high words are: their number of lines, and their size; -1 where there are none."
@@ -47,13 +47,13 @@ def _lines(*texts):
 def likeness(
     fig,       # not drawn yet
 ) -> tuple:    # equal for figures whose axes have to lie at the same places
-    "What a constrained layout looks at: the grid of axes, lines of titles, numbers beside axes, legends."
+    "What a constrained layout looks at: the grid of axes, lines of titles, numbers beside axes, legends and other words."
     def of_axes(a):
         spec,legend = a.get_subplotspec(),a.get_legend()
-        axes = [getattr(a, f'{n}axis') for n in ('x','y','z') if hasattr(a, f'{n}axis')]
+        names = [n for n in ('x','y','z') if hasattr(a, f'{n}axis')]
         return (str(spec), a.name, a.axison, a.get_visible(), a.get_aspect(), str(a.get_box_aspect()), *_lines(a.title, a._left_title, a._right_title),
-                *(_lines(x.label) + _ticks(x) for x in axes), *((a.get_xlim(), a.get_ylim()) if a.get_aspect()!='auto' else ()),
-                *((t.get_text() for t in legend.get_texts()) if legend else ()), getattr(a, 'elev', 0), getattr(a, 'azim', 0))
+                *((getattr(a, f'{n}axis').label.get_text(), *_ticks(a, n)) for n in names),
+                *((t.get_text() for t in legend.get_texts()) if legend else ()), *((t.get_text(), *t.get_position()) for t in a.texts), getattr(a, 'elev', 0), getattr(a, 'azim', 0))
     return (*fig.get_size_inches(), len(fig.subfigs), *_lines(*_words(fig)), *(t.get_text() for l in fig.legends for t in l.get_texts()), *map(of_axes, fig.axes))
 
 def _words(fig):
@@ -87,7 +87,9 @@ def png_of(
         if known is not None and isinstance(fig.get_layout_engine(), ConstrainedLayoutEngine): like = likeness(fig)
         if like and like in known: _put(fig, *known[like])
         FigureCanvasAgg(fig).print_png(out, pil_kwargs=dict(compress_level=1))   # the fastest; savefig would draw once more, for the layout
-        if like: known[like] = _found(fig)
+        if like:
+            if like not in known and len(known)>=64: del known[next(iter(known))]     # the oldest
+            known[like] = _found(fig)
         return out.getvalue(), places(fig)
     finally: plt.close(fig)
 

@@ -270,6 +270,8 @@ def _step(self:Trainer, todo, bar):
     last = state.step==self.steps
     due = last or (self.validate_every and state.step%self.validate_every==0)
     if due or state.step%self.run.log_every==0: self._report(lr, due, bar)
+    part = lambda step: step*self.run.snapshots//self.steps
+    if part(state.step)>part(state.step-1) and not last and self.takes_part: save_weights(state.averaged, self.folder/'steps'/f'{state.step:07d}.safetensors')
     self.leave,overdue = self._any(bool(self.asked), time.time()-self.saved > 60*self.run.save_minutes)
     if not last and (overdue or (self.save_every and state.step%self.save_every==0)): self._save()
 

@@ -44,7 +44,7 @@ def test_a_layout_that_is_kept_is_the_one_that_would_be_found(events, run):
                 try: pictures = [png_of(panel.figure(**{name:v}), known=where) for where in (kept,None)]
                 except ValueError: continue                  # refused, with a sentence
                 assert pictures[0]==pictures[1], (panel.controls, name, v)
-        assert 0<len(kept)<30
+        assert 0<len(kept)<=64
     assert not plt.get_fignums()
 
 def test_figures_that_need_other_room_are_not_alike():
@@ -54,8 +54,8 @@ def test_figures_that_need_other_room_are_not_alike():
         if words: ax.set_yticks(range(len(words)), words)
         try: return likeness(fig)
         finally: plt.close(fig)
-    kinds = [drawn(), drawn(1000.), drawn(title='two\nlines'), drawn(title=''), drawn(size=20), drawn(words=['a','b']), drawn(words=['a','a long word'])]
-    assert len(set(kinds))==len(kinds) and drawn(title='others')==drawn() and drawn(1.01)!=drawn(9e6)
+    kinds = [drawn(), drawn(1000.), drawn(-1000.), drawn(9e6), drawn(title='two\nlines'), drawn(title=''), drawn(size=20), drawn(words=['a','b']), drawn(words=['a','a long word'])]
+    assert len(set(kinds))==len(kinds) and drawn(title='others')==drawn()
 
 def test_one_frame_has_one_place(events):
     masks = w.explore_masks(events, (34,34))
@@ -66,6 +66,12 @@ def test_one_frame_has_one_place(events):
         png,_,told = panel.picture(**{name:0})
         assert png and not told
         with pytest.raises(ValueError, match='0…0'): panel.figure(**{name:1})
+
+def test_steps_come_in_their_order(tmp_path):
+    for step in ('segment/scratch_all_seed0','pretrain','finetune/scratch_50_seed0','tokenizer'):
+        (tmp_path/step).mkdir(parents=True)
+        (tmp_path/step/'log.jsonl').write_text('{"step": 1, "loss": 2.0}\n')
+    assert w.watch_training(tmp_path).controls['step'].options==('tokenizer','pretrain','finetune/scratch_50_seed0','segment/scratch_all_seed0')
 
 def test_the_monitor_finds_steps_that_begin_later(tmp_path):
     def log(step, loss):
@@ -111,12 +117,19 @@ def test_the_monitor_offers_numbers_that_come_later(tmp_path):
     panel.picture()
     assert panel.controls['quantity'].options==('loss','val_accuracy') and panel.set(quantity='val_accuracy').picture()[0]
 
+def test_a_number_of_another_step_is_said_to_be_absent(tmp_path):
+    for step,more in (('tokenizer','"kl": 1.0'), ('pretrain','"lr": 0.1')):
+        (tmp_path/step).mkdir()
+        (tmp_path/step/'log.jsonl').write_text(f'{{"step": 1, "loss": 2.0, {more}}}\n')
+    fig = w.watch_training(tmp_path).figure(step='pretrain', quantity='kl')
+    assert [t.get_text() for t in fig.axes[0].texts]==['kl was not logged in this step']
+
 def test_a_refused_picture_leaves_no_figure(tmp_path):
     (tmp_path/'pretrain').mkdir(); (tmp_path/'tokenizer').mkdir()
     (tmp_path/'pretrain'/'log.jsonl').write_text('{"step": 1, "loss": 2.0}\n'); (tmp_path/'tokenizer'/'log.jsonl').write_text('')
-    panel = w.watch_training(tmp_path)
+    panel,before = w.watch_training(tmp_path),plt.get_fignums()
     png,_,told = panel.picture(step='tokenizer')
-    assert not png and 'tokenizer' in told and not plt.get_fignums()
+    assert not png and 'tokenizer' in told and plt.get_fignums()==before
 
 def test_play_goes_on_from_where_the_slider_is(events):
     panel = w.explore_recording(events, (34,34))
@@ -163,6 +176,46 @@ def test_no_recording_is_told_in_a_sentence(wrong):
 
 def test_label_maps_that_are_none_are_told():
     assert '(T, C, H, W)' in w.step_segmentation([1], [[1]]).text
+    frames,maps = torch.rand(2,3,8,8),np.zeros((2,8,8), int)
+    for wrong,word in ((maps+.5, 'whole numbers'), (maps-1, '0…255'), (maps+300, '0…255'), (maps+5, 'no name')): assert word in w.step_segmentation(frames, wrong, classes=['a','b']).text
+    maps[:,:2] = 255                                             # left out, in predictions too
+    fig = w.step_segmentation(frames, maps).figure()
+    assert [t.get_text() for t in fig.legends[0].get_texts()]==['0']
+
+def test_stacked_counts_keep_their_colors():
+    from mem_nb.viz import frame_to_rgb, two_colors
+    f = np.zeros((6,4,4), np.float32)
+    f[1,0,0] = f[5,3,3] = f[4,3,3] = 1                           # brighter in the second slice; darker in the second and third
+    rgb = frame_to_rgb(two_colors(f, 'stacked'), vmax=2)
+    assert rgb[0,0,0]>rgb[0,0,2] and rgb[3,3,2]>rgb[3,3,0] and torch.equal(torch.tensor(two_colors(f[None], 'stacked')[0]), two_colors(torch.tensor(f), 'stacked'))
+    assert two_colors(f, 'voxel') is f
+
+def test_weights_along_the_way_are_offered_and_newer_ones_are_taken(run, tmp_path):
+    from shutil import copytree
+    from safetensors.torch import load_file, save_file
+    copytree(run, other := tmp_path/'small')
+    final = other/'pretrain'/'final.safetensors'
+    (other/'pretrain'/'steps').mkdir(exist_ok=True)
+    weights = load_file(final)
+    save_file({k:torch.zeros_like(v) for k,v in weights.items()}, other/'pretrain'/'steps'/'0000012.safetensors')
+    panel = w.explore_reconstruction(other)
+    assert panel.controls['weights'].options==('final','step 12') and panel.values['weights']=='final'
+    trained,untrained = (panel.picture(weights=k)[0] for k in ('final','step 12'))
+    assert trained and untrained and trained!=untrained
+    save_file({k:torch.zeros_like(v) for k,v in weights.items()}, final)
+    assert panel.picture()[0] not in (trained,b'')               # not what was read before
+    final.unlink()
+    png,_,told = panel.picture()
+    assert not png and 'choose others' in told
+
+def test_two_views_alone_ask_nothing_about_hidden_patches(run, tmp_path):
+    from shutil import copytree
+    copytree(run, other := tmp_path/'small')
+    text = (other/'run.conf').read_text().replace('pt_hidden = 1.0', 'pt_hidden = 0').replace('pt_contrast = 0.0', 'pt_contrast = 1')
+    (other/'run.conf').write_text(text)
+    assert 'two views' in w.explore_reconstruction(other).text
+
+def test_a_folder_is_no_recording(tmp_path): assert 'is a folder' in w.explore_recording(tmp_path).text
 
 def test_an_explorer_prepares_nothing_for_a_run_without_a_tokenizer(tmp_path):
     run = tmp_path/'run'
