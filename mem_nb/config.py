@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_config', 'load_config', 'parse_config', 'config_text', 'save_config', 'config_diff', 'process_rank', 'in_words',
-           'Stopped', 'on_signals', 'METHODS', 'ORIGINAL', 'RunConfig', 'DataConfig', 'TokenizerConfig',
+           'InUse', 'Stopped', 'on_signals', 'METHODS', 'ORIGINAL', 'RunConfig', 'DataConfig', 'TokenizerConfig',
            'EncoderConfig', 'PretrainConfig', 'FinetuneConfig', 'SlurmConfig', 'Config', 'conf_keys']
 
 # %% ../nbs/00b_config.ipynb #f6ea4f83
@@ -176,8 +176,11 @@ def in_words(e:Exception) -> str:
     if e.errno in (errno.EROFS, errno.EACCES): return f"{e.strerror.lower()}{where}; runs_dir = … says where runs lie, store_path and data_path where recordings do"
     return f'{e.strerror}{where}'
 
-class Stopped(Exception):
-    "A step was asked to stop from outside, and has saved; the same call continues."
+class InUse(OSError):
+    "Another process holds the folder."
+
+class Stopped(BaseException):
+    "A step was asked to stop from outside, and has saved; the same call continues. As with Ctrl-C, no `except Exception` takes it for a fault."
 
 @contextmanager
 def on_signals(

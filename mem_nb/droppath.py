@@ -27,7 +27,7 @@ class DrawnChannels(nn.Module):
     def __init__(self, channels:int, drop_prob:float=.1):
         super().__init__()
         self.channels,self.drop_prob = channels,drop_prob
-    def extra_repr(self): return f'{self.channels}, drop_prob={self.drop_prob}'
+    def extra_repr(self): "What stands in its picture."; return f'{self.channels}, drop_prob={self.drop_prob}'
 
     def forward(self, x):
         "`(B, channels, H, W)` -> the same."

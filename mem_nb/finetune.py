@@ -149,6 +149,7 @@ class Best:
         return found
 
     def score(self):
+        "Of the best weights so far; -1 without any."
         note = self.file.with_suffix('.json')
         found = json.loads(note.read_text()) if note.is_file() and self.file.is_file() else {}
         return found['score'] if found.get('settings')==self.settings else -1.

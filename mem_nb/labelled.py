@@ -165,11 +165,12 @@ class EventWindow:
         "Sensor `(H, W)` or None, and columns."
         return open_recording(self.item.source, CHUNK, self.item.end_us-self.us, self.item.end_us, registered, given)
     def digest(self):
+        "Hash of its events and labels."
         h = hashlib.sha256(self.item.label.read_bytes())
         for columns in self.open()[1]:
             for c in columns: h.update(np.ascontiguousarray(c).data)
         return h.hexdigest()
-    def stamp(self): return ' '.join(f'{(s := os.stat(p)).st_size} {s.st_mtime_ns}' for p in (self.item.source, self.item.label))
+    def stamp(self): "Sizes and times of its files, which change when they do."; return ' '.join(f'{(s := os.stat(p)).st_size} {s.st_mtime_ns}' for p in (self.item.source, self.item.label))
 
 def read_image(
     path:Path,    # `.npy` `(H, W, C)` or `(C, H, W)`, or `.png`: whole numbers 0…255, or numbers 0…1
@@ -276,7 +277,7 @@ class LabelBatch:
 
     @property
     def counted(self): return min(len(self), self.own[1]-self.own[0].start)   # none where a sample stands in, see `own_rows`
-    def to(self, device): return LabelBatch(*(v if v is None else v.to(device) for v in (self.events, self.images, self.maps)), self.rows)
+    def to(self, device): "The same on another device."; return LabelBatch(*(v if v is None else v.to(device) for v in (self.events, self.images, self.maps)), self.rows)
 
     def frames(self, d:DataConfig) -> torch.Tensor:
         "`(B, C, H, W)` float32 in 0…1, as pretraining makes them, but as large as the labelled part of the sensor."

@@ -80,7 +80,7 @@ class SegmentationScore(Metric):
         self.confusion += confusion_matrix(said, true, self.classes, self.ignore)
         self.edges += boundary_counts(said, true, self.classes, self.ignore, self.near)
 
-    def compute(self): return overlap_scores(self.confusion) | dict(boundary_f=boundary_f(self.edges).nanmean())
+    def compute(self): "The scores of all label maps seen."; return overlap_scores(self.confusion) | dict(boundary_f=boundary_f(self.edges).nanmean())
 
 # %% ../nbs/13f_overlap.ipynb #0ea5f61b
 @style()

@@ -8,14 +8,16 @@ __all__ = ['CHUNK', 'GROUP', 'checked_columns', 'file_hash', 'Recording', 'Sampl
            'write_split']
 
 # %% ../nbs/04b_pack.ipynb #0530577a
-import hashlib, json, multiprocessing, os, shutil, sys, tempfile, threading, time, zlib
+import hashlib, json, multiprocessing, os, shutil, signal, sys, tempfile, threading, time, zlib
 import multiprocessing.connection
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
+from .config import on_signals
 from .events import EVENT_DTYPE, check_events, make_events, pack_events
 from .formats import open_recording
 
@@ -63,8 +65,8 @@ class Recording:
         if not self.reader: return open_recording(self.path, CHUNK, registered=registered, given=given)
         size = registered or given
         return size, checked_columns(self.reader(self.path, CHUNK, size=size), size, self.where)
-    def digest(self): return file_hash(self.path)
-    def stamp(self): return f'{(s := os.stat(self.path)).st_size} {s.st_mtime_ns}' if self.path.exists() else 'absent'
+    def digest(self): "Hash of its bytes."; return file_hash(self.path)
+    def stamp(self): "Size and time of the file, which change when it does."; return f'{(s := os.stat(self.path)).st_size} {s.st_mtime_ns}' if self.path.exists() else 'absent'
 
 # %% ../nbs/04b_pack.ipynb #494cca91
 @dataclass(frozen=True)
@@ -88,8 +90,8 @@ class Sample:
         "Sensor `(H, W)` or None, and columns."
         e,size = self.events,registered or given
         return size, checked_columns((e[i:i+CHUNK] for i in range(0, len(e), CHUNK)), size, self.where)
-    def digest(self): return hashlib.sha256(self.events.tobytes()).hexdigest()
-    def stamp(self): return self.digest()
+    def digest(self): "Hash of its events."; return hashlib.sha256(self.events.tobytes()).hexdigest()
+    def stamp(self): "The same."; return self.digest()
 
 # %% ../nbs/04b_pack.ipynb #fed44c4d
 @dataclass(frozen=True)
@@ -266,8 +268,17 @@ _plan = {}   # of a worker process: sources, turn, folder, split, and what pack_
 
 def _set_plan(plan): _plan.update(plan, row=Row(plan['folder']))
 
+@contextmanager
+def _patient():
+    "Signals wait meanwhile, in the workers that are forked, too: in the middle of a fork their word would be lost, or workers left behind."
+    came = []
+    with on_signals(lambda number,_: came.append(number), 'SIGINT'): yield
+    for number in came[:1]: signal.raise_signal(number)
+
 def _start_worker(plan):
-    "A worker does not outlive the process that started it."
+    "A worker does not outlive the process that started it, which alone hears signals that are meant for both."
+    for s in (signal.SIGUSR1, signal.SIGINT): signal.signal(s, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)       # by which the pool ends it
     def wait(): multiprocessing.connection.wait([multiprocessing.parent_process().sentinel]); os._exit(1)
     threading.Thread(target=wait, daemon=True).start()
     _set_plan(plan)
@@ -349,9 +360,12 @@ def _run_groups(plan, groups, first, workers, context):
         return
     pool,failed = ProcessPoolExecutor(workers, context, _start_worker, (plan,)),None
     try:
-        for f in as_completed([pool.submit(_pack_group, first+i, *g) for i,g in enumerate(groups)]):
+        with _patient(): todo = [pool.submit(_pack_group, first+i, *g) for i,g in enumerate(groups)]
+        for f in as_completed(todo):
             if isinstance(f.exception(), Aborted): failed = f.exception()     # the one to blame comes, too
             else: yield f.result()
         if failed: raise failed
-    except BrokenProcessPool: raise OSError(f"a worker of prepare was killed (out of memory?); {plan['folder']} keeps what is done: run the same command again, perhaps with prepare_workers=1") from None
+    except BrokenProcessPool:
+        time.sleep(.5)                  # a signal to the whole group is on its way here, too, and has the better word
+        raise OSError(f"a worker of prepare was killed (out of memory?); {plan['folder']} keeps what is done: run the same command again, perhaps with prepare_workers=1") from None
     finally: pool.shutdown(cancel_futures=True)

@@ -52,8 +52,8 @@ class GrowingPick(Pick):
     def __init__(self, ask, label='', value=None):
         self.ask = ask; options = ask()
         super().__init__(options, value if value in options else options[-1] if options else '', label)
-    def look(self): self.options = self.ask()
-    def fit(self, v): self.look(); return super().fit(v)
+    def look(self): "Ask again."; self.options = self.ask()
+    def fit(self, v): "The value, if it is one of the words of now; else ValueError."; self.look(); return super().fit(v)
 
 @dataclass
 class Tick:
@@ -61,7 +61,7 @@ class Tick:
     value:bool=False # at the beginning
     label:str=''     # what stands beside it
 
-    def fit(self, v): return bool(v)
+    def fit(self, v): "The value as yes or no."; return bool(v)
 
 # %% ../nbs/16_panel.ipynb #1e090630
 ESM = """
@@ -245,6 +245,6 @@ class Said(Panel):
         fig = plt.figure(figsize=(6,.8))
         fig.text(.01, .5, self.text, va='center', wrap=True, fontsize=10, color='#a33')
         return fig
-    def set(self, **changes): return self          # there is nothing to change
-    def figure(self, **changes): return super().figure()
+    def set(self, **changes): "Nothing: there is nothing to change."; return self
+    def figure(self, **changes): "The words."; return super().figure()
     def _repr_mimebundle_(self, **kwargs): return {'text/plain':self.text}

@@ -11,7 +11,7 @@ import argparse, os, sys, time, warnings
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
-from .config import Config, config_text, in_words, load_config, on_signals, parse_config, process_rank, save_config, Stopped
+from .config import Config, InUse, config_text, in_words, load_config, on_signals, parse_config, process_rank, save_config, Stopped
 
 # %% ../nbs/18_pipeline.ipynb #7ae083f1
 STEPS = dict(prepare='mem_nb.datasets', tokenizer='mem_nb.tokenizer', pretrain='mem_nb.pretrain', finetune='mem_nb.finetune',
@@ -39,10 +39,9 @@ def _told(folder, step):
     note = folder/'failed.txt'
     note.unlink(missing_ok=True)
     try: yield
+    except InUse: raise              # whoever holds it has not failed
     except Exception as e:
-        with suppress(OSError):
-            if not isinstance(e, Stopped):
-                with open(note, 'x') as f: f.write(f'{step}: {in_words(e)}')
+        with suppress(OSError), open(note, 'x') as f: f.write(f'{step}: {in_words(e)}')
         raise
 
 def run_step(

@@ -106,7 +106,7 @@ class MaskedAutoencoder(nn.Module):
         again = self.encoder.grad_checkpointing and torch.is_grad_enabled()
         return self.pixels(self.norm(checkpoint_seq(self.blocks, x) if again else self.blocks(x)))[:,1:]
 
-    def forward_pixels(self, frames, mask): return self.paint(self.encode(frames, mask), mask)
+    def forward_pixels(self, frames, mask): "Pixels `(B, N, patch*patch*C)` of all patches."; return self.paint(self.encode(frames, mask), mask)
 
     def forward(self, frames, mask, contrast=False, hidden=True):
         "Pixels `(mask.sum(), patch*patch*C)` of the hidden patches (None if not `hidden`); with `contrast` also vectors `(B, P)`, of all processes together."
@@ -179,7 +179,7 @@ class HiddenTask:
 class TokenTask(HiddenTask):
     "Name the hidden tokens."
     cache = None       # TokenCache, where frames do not change
-    def tokens(self, frames, batch): return self.cache(self.vae, frames, batch.which) if self.cache else frozen_tokens(self.vae, frames)
+    def tokens(self, frames, batch): "The true tokens `(B, N)`."; return self.cache(self.vae, frames, batch.which) if self.cache else frozen_tokens(self.vae, frames)
 
     def judge(self, logits, frames, mask, batch=None):
         "Loss and accuracies of one batch, beside the share of the batch's own commonest token."
@@ -209,7 +209,7 @@ class TokenTask(HiddenTask):
 # %% ../nbs/12_pretrain.ipynb #4eba9507
 class PixelTask(HiddenTask):
     "Paint the hidden pixels."
-    def judge(self, pixels, frames, mask, batch=None): return pixel_loss(pixels, frames, mask, self.norm_pix, self.counts(frames, mask)), {}
+    def judge(self, pixels, frames, mask, batch=None): "Loss of one batch."; return pixel_loss(pixels, frames, mask, self.norm_pix, self.counts(frames, mask)), {}
 
     def tally(self, pixels, frames, mask):
         "Squared error of each hidden patch that counts, and that of the mean target of training frames."

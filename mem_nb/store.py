@@ -11,6 +11,7 @@ import errno, fcntl, hashlib, json, os, re, shutil, zlib
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
+from .config import InUse
 from .events import unpack_events
 from .cameras import raw_size
 from .formats import recording_size
@@ -127,7 +128,7 @@ def locked(
         try: fcntl.lockf(f, fcntl.LOCK_EX|fcntl.LOCK_NB)     # not inherited by workers
         except (BlockingIOError, PermissionError):
             f.seek(0)
-            raise OSError(f"process {f.read().strip() or '?'} is {doing} {folder}; wait for it, or end it") from None
+            raise InUse(f"process {f.read().strip() or '?'} is {doing} {folder}; wait for it, or end it") from None
         if path.exists() and os.path.samestat(os.stat(path), os.fstat(f.fileno())): break
         f.close()        # its holder has just removed it
     try:

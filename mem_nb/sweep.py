@@ -12,7 +12,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
-from .config import Stopped, config_text, in_words, load_config
+from .config import config_text, in_words, load_config
 from .datasets import store_path
 from .slurm import batch_text, job_states, keep_text, live_jobs, note_job, noted_jobs, snapshot, submit
 from .status import job_word, last_record
@@ -97,7 +97,6 @@ def run_here(
     for i,(cfg,_) in enumerate(found):
         print(f'== {i+1} of {len(found)}: {cfg.run.expname}', flush=True)
         try: run(cfg)
-        except Stopped: raise     # a word from outside, meant for all of them
         except Exception as e:
             failed[cfg.run.expname] = f'{type(e).__name__}: {in_words(e)}'
             print(f'{cfg.run.expname} failed: {failed[cfg.run.expname]}', flush=True)

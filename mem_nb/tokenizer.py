@@ -35,7 +35,7 @@ class ResBlock(nn.Module):
         super().__init__()
         conv = lambda k: nn.Conv2d(width, width, k, padding=k//2)
         self.net = nn.Sequential(conv(3), nn.ReLU(True), conv(3), nn.ReLU(True), conv(1))   # True: in place
-    def forward(self, x): return x + self.net(x)
+    def forward(self, x): "`(B, width, H, W)` -> the same."; return x + self.net(x)
 
 def conv_encoder(in_chans, num_tokens, width, num_layers, num_resnet_blocks):
     "`(B, C, H, W)` -> `(B, K, h, w)`: halve, refine, score each code."

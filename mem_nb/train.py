@@ -167,7 +167,7 @@ class Loss(nn.Module):
     def __init__(self, model, loss_fn):
         super().__init__()
         self.model,self.loss_fn = model,loss_fn
-    def forward(self, batch, step, generator): return self.loss_fn(self.model, batch, step, generator)
+    def forward(self, batch, step, generator): "(loss, {name: tensor})."; return self.loss_fn(self.model, batch, step, generator)
 
 # %% ../nbs/08b_train.ipynb #bd7b56f4
 @dataclass

@@ -120,13 +120,21 @@ def constant(module, name) -> str:
     found = re.search(rf'^{name}\b.*?=.*?#\s*(.+)$', source, flags=re.M)
     return found[1] if found else ''
 
+def passed_on(name, links) -> list:  # Markdown
+    "Where a module offers nothing of its own: the names that it brings together, each with its sentence."
+    module = import_module(f'mem_nb.{name}')
+    if public(name): return []
+    rows = [f'| {links.get(n, f"`{n}`")} | {cell_text(own_doc(getattr(module, n)))} |' for n in module.__all__]
+    return ['\n'.join([f'`from mem_nb.{name} import …`', '', '| name | |', '|---|---|', *rows])] if rows else []
+
 def reference(folder):
     "A page a module, and one with every setting."
+    links = all_links('..')
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for name,stem in modules():
         doc = import_module(f'mem_nb.{name}').__doc__
-        body = '\n\n'.join(describe(name, n) for n in public(name))
+        body = '\n\n'.join([*passed_on(name, links), *(describe(name, n) for n in public(name))])
         (folder/f'{name}.md').write_text(f'# {name}\n\n{doc}\n\nWritten in [`{stem}`](../notebooks/{stem}.ipynb), where it is explained and tried.\n\n{body}\n', encoding='utf-8')
         rows.append(f'| [`{name}`]({name}.md) | {doc} |')
     (folder/'settings_keys.md').write_text(every_setting(), encoding='utf-8')
@@ -223,7 +231,9 @@ def undocumented(site) -> list:  # names
     known = inventory.InventoryFile.loads((site/'objects.inv').read_bytes(), uri='')
     known = {name for kind,names in known.data.items() if kind.startswith('py:') for name in names}
     names = [(m,n) for m,_ in modules() for n in public(m)]
-    silent = [f'{m}.{n} (no docstring)' for m,n in names if callable(o := getattr(import_module(f'mem_nb.{m}'), n)) and not own_doc(o)]
+    offered = [(f'{m}.{n}', getattr(import_module(f'mem_nb.{m}'), n)) for m,n in names]
+    methods = [(f'{name}.{k}', f) for name,o in offered if inspect.isclass(o) for k,f in vars(o).items() if k[0]!='_' and inspect.isfunction(f) and f.__module__==o.__module__]
+    silent = [f'{name} (no docstring)' for name,o in offered+methods if callable(o) and not own_doc(o)]
     return [f'{m}.{n}' for m,n in names if f'mem_nb.{m}.{n}' not in known] + silent
 
 def main():

@@ -1,8 +1,9 @@
 "The whole way, as a user goes it: the command line, and kill -9 in the middle of every training step."
-import json, os, shutil, signal, subprocess, sys
+import json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
-import pytest
+import numpy as np, pytest
 from conftest import TINY
+from mem_nb.events import make_events
 from mem_nb.pipeline import STEPS, command, steps_of
 
 MEM_NB = ['-c', 'from mem_nb.pipeline import main; main()']
@@ -89,6 +90,32 @@ def test_a_signal_outside_of_a_training_ends_with_status_75_and_the_same_command
     done = python(*MEM_NB, 'run', str(tmp_path/'x.conf'))
     assert done.returncode==0, done.stderr[-2000:]
     assert (tmp_path/'runs'/'tiny'/'finetune'/'scratch_40_seed0'/'final.safetensors').exists()
+
+@pytest.mark.skipif(not Path('/proc/self/task').is_dir(), reason='needs /proc')
+@pytest.mark.parametrize('name', ['SIGUSR1','SIGTERM'])
+def test_a_signal_to_prepare_and_its_workers_loses_no_recording(tmp_path, name):
+    "What SLURM does before it takes a machine back: the whole group hears it."
+    rng,n = np.random.default_rng(0),200_000
+    for k in range(24):
+        (folder := tmp_path/'npy'/'ab'[k%2]).mkdir(parents=True, exist_ok=True)
+        np.save(folder/f'{k:03}.npy', make_events(rng.integers(0, 640, n), rng.integers(0, 480, n), np.sort(rng.integers(0, 10**6, n)), rng.integers(0, 2, n)))
+    def words(where): return [*MEM_NB, 'prepare', str(tmp_path/'x.conf'), f'store_path={tmp_path/where}', f'expname={where}']
+    (tmp_path/'x.conf').write_text(f'data_set = npy\ndata_path = {tmp_path}/npy\nprepare_workers = 2\nruns_dir = {tmp_path}/runs\nexpweek =\n')
+    assert python(*words('whole')).returncode==0
+    ended = []
+    for pause in (0,.05,.1,.2,None):
+        p = subprocess.Popen([sys.executable, *words('broken')], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=dict(os.environ, TQDM_DISABLE='1'))
+        if pause is not None:
+            workers = Path(f'/proc/{p.pid}/task/{p.pid}/children')
+            while p.poll() is None and not workers.read_text(): time.sleep(.01)
+            time.sleep(pause)
+            if p.poll() is None: os.killpg(p.pid, getattr(signal, name))
+        said = p.communicate()[0]
+        assert p.returncode in (0,75) or 'prepare: ' in said, said       # or it was on its way out
+        ended.append(p.returncode)
+    assert 75 in ended and ended[-1]==0
+    whole,broken = (json.loads((tmp_path/where/'manifest.json').read_text()) for where in ('whole','broken'))
+    assert broken['recordings']==24 and not broken['refused'] and broken['data_hash']==whole['data_hash']
 
 def test_kill_9_in_every_training_step_ends_bit_equal(whole, tmp_path_factory):
     folder,_ = whole
