@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import reduce
 import torch
 import torch.nn.functional as F
-from .batches import EventBatch, keep
+from .batches import EventBatch, event_chance, keep
 from .frames import _spread_within, move_events, pixel_map
 
 # %% ../nbs/06_augment.ipynb #1b90a53a
@@ -75,8 +75,8 @@ def drop_events(
     fraction:float,             # share of the events that goes, on average
     generator:torch.Generator,  # source of chance
 ):                              # a batch of the same kind
-    "Lose events at random, as a less sensitive camera would."
-    return keep(batch, _uniform(0, 1, batch.num_events, generator, batch.offsets.device) >= fraction)
+    "Lose events at random, as a less sensitive camera would; each sample has a seed of its own, so it does not matter who has the others."
+    return keep(batch, event_chance(batch, _integers(0, 2**62, (batch.own[1],), generator, batch.offsets.device)[batch.own[0]]) >= fraction)
 
 def slice_events(
     batch,                      # events of B samples, packed or not

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_config', 'load_config', 'parse_config', 'config_text', 'save_config', 'config_diff', 'process_rank', 'in_words',
-           'InUse', 'Stopped', 'on_signals', 'METHODS', 'ORIGINAL', 'RunConfig', 'DataConfig', 'TokenizerConfig',
-           'EncoderConfig', 'PretrainConfig', 'FinetuneConfig', 'SlurmConfig', 'Config', 'conf_keys']
+           'InUse', 'Stopped', 'on_signals', 'signals_wait', 'METHODS', 'ORIGINAL', 'RunConfig', 'DataConfig',
+           'TokenizerConfig', 'EncoderConfig', 'PretrainConfig', 'FinetuneConfig', 'SlurmConfig', 'Config', 'conf_keys']
 
 # %% ../nbs/00b_config.ipynb #f6ea4f83
 import configparser, difflib, errno, os, re, signal, threading, warnings
@@ -193,3 +193,10 @@ def on_signals(
     try: yield
     finally:
         for s,before in old.items(): signal.signal(s, before)
+
+@contextmanager
+def signals_wait():
+    "Signals wait until this ends, in processes that are forked meanwhile, too: in the middle of a fork their word would be lost, or workers left behind."
+    came = []
+    with on_signals(lambda number,_: came.append(number), 'SIGINT'): yield
+    for number in came[:1]: signal.raise_signal(number)

@@ -12,12 +12,11 @@ import hashlib, json, multiprocessing, os, shutil, signal, sys, tempfile, thread
 import multiprocessing.connection
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
-from .config import on_signals
+from .config import signals_wait
 from .events import EVENT_DTYPE, check_events, make_events, pack_events
 from .formats import open_recording
 
@@ -268,17 +267,9 @@ _plan = {}   # of a worker process: sources, turn, folder, split, and what pack_
 
 def _set_plan(plan): _plan.update(plan, row=Row(plan['folder']))
 
-@contextmanager
-def _patient():
-    "Signals wait meanwhile, in the workers that are forked, too: in the middle of a fork their word would be lost, or workers left behind."
-    came = []
-    with on_signals(lambda number,_: came.append(number), 'SIGINT'): yield
-    for number in came[:1]: signal.raise_signal(number)
-
 def _start_worker(plan):
     "A worker does not outlive the process that started it, which alone hears signals that are meant for both."
-    for s in (signal.SIGUSR1, signal.SIGINT): signal.signal(s, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)       # by which the pool ends it
+    for s,do in ((signal.SIGUSR1,signal.SIG_IGN), (signal.SIGINT,signal.SIG_IGN), (signal.SIGTERM,signal.SIG_DFL)): signal.signal(s, do)   # the pool ends it by TERM
     def wait(): multiprocessing.connection.wait([multiprocessing.parent_process().sentinel]); os._exit(1)
     threading.Thread(target=wait, daemon=True).start()
     _set_plan(plan)
@@ -360,7 +351,7 @@ def _run_groups(plan, groups, first, workers, context):
         return
     pool,failed = ProcessPoolExecutor(workers, context, _start_worker, (plan,)),None
     try:
-        with _patient(): todo = [pool.submit(_pack_group, first+i, *g) for i,g in enumerate(groups)]
+        with signals_wait(): todo = [pool.submit(_pack_group, first+i, *g) for i,g in enumerate(groups)]
         for f in as_completed(todo):
             if isinstance(f.exception(), Aborted): failed = f.exception()     # the one to blame comes, too
             else: yield f.result()

@@ -278,6 +278,7 @@ class SlurmConfig:
     gpu_vram:str = ''           # smallest memory a GPU, such as 48G; asked for as --gres=gpu:N,VRAM:48G
     mem:str = '48G'             # memory a machine
     time:str = '1-00:00:00'     # time limit, days-hours:minutes:seconds
+    warn_s:int = 90             # seconds before that limit at which a training is told to save; more than a step with its validation takes
     mail_type:str = 'None'      # which mails to send
     exclude:str = ''            # machines not to use
     partition:str = ''          # part of the cluster; empty: its default
@@ -289,7 +290,7 @@ class SlurmConfig:
     container:str = ''          # words before the command, such as: apptainer exec --nv image.sif
     chain:bool = False          # of `run`: a job a step, each after the one before it, and packing without a GPU
 
-    positive = ('nodes','cpus_per_task','processes')
+    positive = ('nodes','cpus_per_task','processes','warn_s')
 
 # %% ../nbs/00_settings.ipynb #9dcf6689
 @dataclass

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ENTRY', 'RANKS', 'BATCH', 'ABOUT', 'OVER', 'job_options', 'batch_text', 'snapshot', 'keep_text', 'write_job',
-           'ask_slurm', 'submit', 'note_job', 'submit_step', 'noted_jobs', 'job_states', 'live_jobs', 'submit_chain',
-           'submit_parts']
+           'ask_slurm', 'submit', 'note_job', 'submit_step', 'whole_lines', 'noted_jobs', 'job_states', 'live_jobs',
+           'submit_chain', 'submit_parts']
 
 # %% ../nbs/17_slurm.ipynb #f86fdb42
 import hashlib, json, os, re, shlex, shutil, subprocess, sys, time
@@ -29,7 +29,7 @@ def job_options(
                  gres=gres if slurm.gpu_num else '', mem=slurm.mem, time=slurm.time, partition=slurm.partition, account=slurm.account, qos=slurm.qos,
                  exclude=slurm.exclude, mail_type='' if slurm.mail_type.lower()=='none' else slurm.mail_type,
                  array=f'0-{array-1}' if array else '', chdir=os.getcwd(), output=folder/'slurm'/('%A_%a.log' if array else '%j.log'),
-                 signal='USR1@90', open_mode='append')
+                 signal=f'USR1@{slurm.warn_s}', open_mode='append')
     options = [f"--{k.replace('_','-')}={shlex.quote(str(v))}" for k,v in asked.items() if v!='']
     return [*options, '--requeue', *re.split(r'\s+(?=-)', slurm.options.strip())] if slurm.options.strip() else [*options, '--requeue']
 
@@ -61,9 +61,9 @@ trap : USR1 TERM
 tell start 0
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 --wait=0{label} bash -c process
 code=$?
-state=$(scontrol -o show job "$SLURM_JOB_ID" | grep -o ' JobState=[A-Z_]*')
+state=$(scontrol -o show job "$job" | grep -o ' JobState=[A-Z_]*')   # of this element only; the last one of an array has the number of the whole
 if [ "${{state#*=}}" != RUNNING ]; then tell taken $code; exit $code; fi   # by SLURM, which knows what comes next
-if [ $code = 0 ] && [ -e "$stopped" ]; then tell requeued 75; exec scontrol requeue "$SLURM_JOB_ID"; fi
+if [ $code = 0 ] && [ -e "$stopped" ]; then tell requeued 75; exec scontrol requeue "$job"; fi
 if [ $code = 0 ]; then tell "done" 0; else tell failed $code; fi
 exit $code
 """
@@ -193,12 +193,20 @@ def _after(job): return [f'--dependency=afterok:{job}', '--kill-on-invalid-dep=y
 # %% ../nbs/17_slurm.ipynb #ad82a828
 OVER = ('COMPLETED','FAILED','CANCELLED','TIMEOUT','NODE_FAIL','OUT_OF_MEMORY','PREEMPTED','BOOT_FAIL','DEADLINE')   # a job that does not come back
 
+def whole_lines(
+    path:Path,  # of JSON lines
+) -> list:      # dicts, oldest first; [] where there is no such file
+    "What can be read of a file that several processes write to; a line that a full disk or a crash has torn is left out."
+    found = []
+    for line in path.read_text(errors='replace').splitlines() if path.exists() else ():
+        with suppress(json.JSONDecodeError): found.append(json.loads(line))
+    return [r for r in found if isinstance(r, dict)]
+
 def noted_jobs(
     folder:Path,  # of a run
 ) -> list:        # dicts with job, step, time, log; oldest first
     "The jobs that were submitted for a run."
-    path = Path(folder)/'slurm'/'jobs.jsonl'
-    return [json.loads(l) for l in path.read_text().splitlines()] if path.exists() else []
+    return whole_lines(Path(folder)/'slurm'/'jobs.jsonl')
 
 def job_states(
     jobs:list,  # numbers of jobs; 7_2 is element 2 of array 7
@@ -211,7 +219,8 @@ def job_states(
     done = subprocess.run(['squeue','-h','-r','-t','all','-j',','.join(whole),'-o','%i|%T|%r|%N|%L'], capture_output=True, text=True)
     if done.returncode and 'Invalid job id' not in done.stderr: raise OSError(f"SLURM does not answer: {done.stderr.strip()}")
     found = {l.split('|')[0]:tuple(l.split('|')[1:]) for l in done.stdout.splitlines() if l.count('|')==4 and l.split('|')[1] not in OVER}
-    return {j:found[j] for j in jobs if j in found}
+    of = lambda j: [w for k,w in found.items() if k==j or k.startswith(f'{j}_')]           # of an array, any of its elements; one that runs first
+    return {j:next((w for w in of(j) if w[0]=='RUNNING'), of(j)[0]) for j in jobs if of(j)}
 
 def live_jobs(
     folder:Path,  # of a run

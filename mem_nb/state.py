@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['NOT_OF_THE_RESULT', 'atomic', 'write_json', 'is_parted', 'put_together', 'own_part', 'save_weights', 'read_state',
            'load_weights', 'weights_hash', 'step_settings', 'check_settings', 'has_state', 'sound_state',
-           'TrainingState', 'read_log', 'rewind_log', 'append_log', 'is_done', 'final_metrics', 'peak_memory', 'finish']
+           'TrainingState', 'read_log', 'rewind_log', 'append_log', 'is_done', 'final_metrics', 'peak_memory', 'tidy',
+           'finish']
 
 # %% ../nbs/08_state.ipynb #c38b3881
 import errno, hashlib, json, os, resource, shutil, sys, warnings, zipfile
@@ -141,7 +142,9 @@ def sound_state(
         if not p.exists(): continue
         try: found = read_state(p)
         except ValueError as e: told.append(str(e)); continue
-        if told: warnings.warn(f"{told[0]}; going on from the state before it, step {found['step']}")
+        if told:
+            warnings.warn(f"{told[0]}; going on from the state before it, step {found['step']}")
+            if process_rank()[0]==0: Path(path).replace(Path(path).with_name('damaged.pt'))     # the next save would put it in the place of this sound one
         return found
     raise ValueError(f"{'; '.join(told)}; remove {Path(path).parent} to begin this step again")
 
@@ -203,11 +206,13 @@ class TrainingState:
 
 # %% ../nbs/08_state.ipynb #dc8bca00
 def read_log(folder:str|Path) -> list:
-    "The lines of a step's `log.jsonl` as dicts, oldest first; a last line that was cut off is left out."
+    "The lines of a step's `log.jsonl` as dicts, oldest first; a last line that was cut off is left out, a damaged one before it with a warning."
     path,lines = Path(folder)/'log.jsonl',[]
-    for line in (path.read_text().splitlines() if path.exists() else []):
+    told = path.read_text(errors='replace').splitlines() if path.exists() else []
+    for i,line in enumerate(told, 1):
         try: lines.append(json.loads(line))
-        except json.JSONDecodeError: break
+        except json.JSONDecodeError:
+            if i<len(told): warnings.warn(f"{path}: line {i} is damaged and left out")
     return lines
 
 def rewind_log(folder:str|Path, step:int):
@@ -235,6 +240,10 @@ def peak_memory() -> float:
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated(): return torch.cuda.max_memory_allocated()/1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform=='darwin' else 1024)/1e9
 
+def tidy(folder):
+    "Remove the training state of a step that is done."
+    shutil.rmtree(Path(folder)/'last', ignore_errors=True)
+
 def finish(
     state:TrainingState,  # after its last step
     folder:Path,          # of the step
@@ -245,4 +254,4 @@ def finish(
     first = process_rank()[0]==0                     # the others are here for their parts of the weights
     if first: write_json(dict(metrics=metrics, settings=settings, memory_gb=peak_memory()), folder/'final.json')
     save_weights(state.averaged, folder/'final.safetensors')
-    if first: shutil.rmtree(folder/'last', ignore_errors=True)
+    if first: tidy(folder)

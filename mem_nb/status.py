@@ -10,7 +10,7 @@ __all__ = ['MANY', 'is_run', 'runs_below', 'find_runs', 'last_lines', 'last_reco
 # %% ../nbs/17b_status.ipynb #5dd25af2
 import fcntl, json, os, re, shutil, struct, subprocess, time
 from pathlib import Path
-from .slurm import ask_slurm, job_states, noted_jobs
+from .slurm import ask_slurm, job_states, noted_jobs, whole_lines
 
 # %% ../nbs/17b_status.ipynb #ff07e368
 def is_run(
@@ -135,7 +135,7 @@ def job_word(
 ) -> tuple:       # state, why
     "What became of the job that stands for a run; ('','') where there was none."
     if not (jobs := noted_jobs(folder)): return '',''
-    told = [json.loads(l) for l in last_lines(folder/'slurm'/'history.jsonl', 50)]
+    told = whole_lines(folder/'slurm'/'history.jsonl')[-50:]
     chosen = standing_job(jobs, states or {}, {e['job'] for e in told})
     job,log = chosen['job'],Path(chosen.get('log') or folder/'slurm'/'none')
     if states and job in states:
@@ -175,7 +175,7 @@ def run_status(
     if step is None: state,why = 'done',''
     elif state in ('','ended'):
         who,quiet = worker(folder/step),p['quiet']
-        state = 'running' if who else 'new' if step in ('prepare',*steps[:1]) and p['state']=='new' else 'stopped'
+        state = 'running' if who else 'ended' if state=='ended' and p['state']=='new' else 'new' if step in ('prepare',*steps[:1]) and p['state']=='new' else 'stopped'
         why = f'process {who}' if who else f'quiet for {duration(quiet)}; the same command continues' if quiet is not None else ''
     note = folder/'failed.txt'
     if state in ('stopped','failed','new') and note.is_file(): state,why = 'failed',(note.read_text().splitlines() or ['it could not say why; is the disk full?'])[0]

@@ -30,7 +30,7 @@ from .shard import first_says, opened, share_norms, share_out
 from .speed import compile_model, cpu_has_bf16, keep_memory, written_out_attention
 from .store import locked
 from .state import (NOT_OF_THE_RESULT, TrainingState, append_log, atomic, check_settings, final_metrics, finish, has_state, is_done,
-                          load_weights, put_together, read_log, rewind_log, save_weights, step_settings, weights_hash, write_json)
+                          load_weights, put_together, read_log, rewind_log, save_weights, step_settings, tidy, weights_hash, write_json)
 
 _all_ = ['NOT_OF_THE_RESULT','TrainingState','atomic','compile_model','cpu_has_bf16','check_settings','final_metrics','is_done','load_weights','read_log',
          'save_weights','step_settings','weights_hash','written_out_attention','write_json']
@@ -195,7 +195,9 @@ class Trainer:
     def fit(self):
         "Train, or continue, to the end; gives the final metrics."
         self.folder = Path(self.folder)
-        if is_done(self.folder): return final_metrics(self.folder, self.settings, self.run.allow_changes)
+        if is_done(self.folder):
+            if process_rank()[0]==0: tidy(self.folder)                   # left by a kill at the very end
+            return final_metrics(self.folder, self.settings, self.run.allow_changes)
         with locked(self.folder, 'training in') if process_rank()[0]==0 else nullcontext(), listening() as self.asked:
             self._start()
             self._train()

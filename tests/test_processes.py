@@ -52,6 +52,7 @@ CASES = {'tokens':('pretrain', []), 'random':('pretrain', ['masking=random']), '
          'mae_informative':('pretrain', ['mae=1', 'pt_norm_pix=1', 'pt_informative=1']),
          'contrast':('pretrain', ['mae=1', 'pt_contrast=.5']), 'finetune':('finetune', []),
          'held_out':('finetune', ['class_keep=held_out']), 'mixed':('finetune', ['class_mixup=.8', 'class_cutmix=1']), 'balanced':('finetune', ['class_balanced=1']),
+         'drop':('finetune', ['event_drop=.3', 'bend=.05', 'flip=.5']),
          'tokenizer':('tokenizer', [])}
 SHARDED = ('tokens','mae','contrast','finetune','held_out','tokenizer')    # also with the model shared out
 WORDS = "import sys; sys.path.insert(0, sys.argv[1])\nfrom test_processes import main; main(*sys.argv[2:])"

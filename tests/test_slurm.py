@@ -35,6 +35,23 @@ def test_a_later_submission_leaves_the_files_of_a_queued_one(tmp_path):
     assert len(confs)==2 and all(Path(c).is_file() for c in confs)
     assert {parse_config(Path(c).read_text()).run.seed for c in confs}=={1,2}
 
+def test_the_warning_before_the_time_limit_can_be_longer():
+    assert '--signal=USR1@90' in job_options(parse_config('').slurm, Path('r')) and '--signal=USR1@600' in job_options(parse_config('slurm_warn_s = 600').slurm, Path('r'))
+    with pytest.raises(ValueError, match='slurm_warn_s'): parse_config('slurm_warn_s = 0')
+
+def test_a_torn_line_of_one_run_does_not_hide_the_others(tmp_path):
+    (tmp_path/'run'/'slurm').mkdir(parents=True)
+    (tmp_path/'run'/'slurm'/'jobs.jsonl').write_text('{"job": "7", "step": "pretrain", "ti\n{"job": "8", "step": "pretrain", "time": 1}\n17\n')
+    (tmp_path/'run'/'slurm'/'history.jsonl').write_text('{"time": 1, "job": "8", "event": "start", "code": 0}\n{"time": 2, "job": "8", "ev')
+    assert [j['job'] for j in noted_jobs(tmp_path/'run')]==['8'] and run_status(tmp_path/'run', STEPS, 1, None)['state']=='running'
+
+def test_packing_that_ended_is_not_new(tmp_path):
+    (tmp_path/'run'/'slurm').mkdir(parents=True)
+    (tmp_path/'run'/'slurm'/'jobs.jsonl').write_text('{"job": "8", "step": "prepare", "time": 1}\n')
+    assert run_status(tmp_path/'run', ['prepare','tokenizer'], 1, {})['state']!='ended'
+    (tmp_path/'run'/'slurm'/'history.jsonl').write_text('{"time": 1, "job": "8", "event": "start", "code": 0}\n{"time": 2, "job": "8", "event": "done", "code": 0}\n')
+    assert [run_status(tmp_path/'run', ['prepare','tokenizer'], 1, {})[k] for k in ('state','step')]==['ended','prepare']
+
 def test_without_slurm_one_sentence_says_so(tmp_path, monkeypatch):
     (tmp_path/'x.conf').write_text(SMALL)
     monkeypatch.setenv('PATH', str(tmp_path))
@@ -215,6 +232,38 @@ def test_one_element_of_an_array_fails_and_the_others_do_not(cluster, tmp_path, 
     with pytest.raises(FileNotFoundError, match='nowhere'): command('sweep', 'nowhere.conf', slurm=True)
     command('sweep', str(tmp_path/'x.conf'), ['seed=0,1,2'], table=True)
     assert 'some-seed_1: failed' in capsys.readouterr().out
+
+def of_array(cluster, tmp_path, steps):
+    "A sweep of three trainings in an array."
+    (tmp_path/'x.conf').write_text(SMALL + f"runs_dir = {tmp_path}\nexpname = some\nslurm_container = {sys.executable} {HERE/'standin.py'}")
+    found = [cfg for cfg,_ in elements([tmp_path/'x.conf'], ['seed=0,1,2'])]
+    for cfg in found: cfg.folder.mkdir(); (cfg.folder/'plan.json').write_text(json.dumps(dict(steps=steps)))
+    submit_sweep(elements([tmp_path/'x.conf'], ['seed=0,1,2']))
+    at = lambda cfg: run_status(cfg.folder, STEPS, 1, {})['at'] or 0
+    cluster.wait(lambda: all(at(cfg)>=3 for cfg in found), 'all three to begin', 60)
+    return found,noted_jobs(tmp_path/'some-sweep')[0]['job']
+
+def events_of(cfg): return [json.loads(l)['event'] for l in (cfg.folder/'slurm'/'history.jsonl').read_text().splitlines()]
+
+def test_every_element_of_an_array_saves_and_is_requeued_the_last_one_too(cluster, tmp_path):
+    "The last element has the number of the whole array."
+    found,array = of_array(cluster, tmp_path, 60)
+    cluster.ask('scancel', '--signal=USR1', array)
+    cluster.wait(lambda: all(events_of(cfg)[-1:]==['requeued'] for cfg in found), 'all three to be requeued', 60)
+    time.sleep(3)
+    for _ in range(60):
+        for k in range(3): cluster.ask('scontrol', 'update', f'JobId={array}_{k}', 'StartTime=now')
+        if all(events_of(cfg)[-1:]==['done'] for cfg in found): break
+        time.sleep(1)
+    assert [events_of(cfg) for cfg in found]==[['start','requeued','start','done']]*3
+    assert [run_status(cfg.folder, STEPS, 1, {})['state'] for cfg in found]==['done']*3
+
+def test_a_sweep_is_cancelled_as_a_whole(cluster, tmp_path, capsys):
+    found,array = of_array(cluster, tmp_path, 10_000)
+    assert live_jobs(tmp_path/'some-sweep') and job_states([array])[array][0]=='RUNNING'
+    watch('cancel', str(tmp_path/'some-sweep'))
+    cluster.wait(lambda: not any(live_jobs(cfg.folder) for cfg in found), 'all three to end', 60)
+    assert [run_status(cfg.folder, STEPS, 1, job_states([noted_jobs(cfg.folder)[-1]['job']]))['state'] for cfg in found]==['cancelled']*3
 
 @pytest.mark.parametrize('text,key', [('slurm_partition = nowhere','slurm_partition'), ('gpu_num = 1\ngpu_vram = 48G','gpu_vram'), ('slurm_mem = 900G','slurm_mem'),
                                       ('slurm_time = soon','slurm_time'), ('slurm_options = --frobnicate','slurm_options'), ('slurm_mail_type = never','slurm_mail_type')])

@@ -1,5 +1,5 @@
 "Training: what makes a killed run end where an unbroken one does, and what stops a run that cannot go on."
-import json
+import json, os
 from copy import deepcopy
 from dataclasses import dataclass
 import numpy as np, pytest, torch
@@ -214,6 +214,42 @@ def test_a_signal_in_the_last_step_finishes_and_stops_before_what_comes_next(tmp
     _,again = train(tmp_path/'a')              # answers at once
     _,whole = train(tmp_path/'b')
     assert again['loss']==whole['loss'] and again['step']==40
+
+def test_a_damaged_state_never_takes_the_place_of_a_sound_one(tmp_path, monkeypatch):
+    "Killed at the very save after the damage was found."
+    class Killed(BaseException): pass
+    def stop_at(n):
+        def loss(model, batch, step, generator):
+            if step==n: raise Killed
+            return loss_fn(model, batch, step, generator)
+        return loss
+    _,whole = train(tmp_path/'whole')
+    with pytest.raises(Killed): train(tmp_path/'a', stop_at(25))                # states of steps 14 and 21 lie there
+    last = tmp_path/'a'/'last'
+    good = (last/'before.pt').read_bytes()
+    with open(last/'state.pt', 'r+b') as f: f.seek(-400, 2); f.write(b'rubbish'*20)
+    replace = os.replace
+    def die(a, b):
+        replace(a, b)
+        if 'before' in str(b): raise Killed                                    # between the two renames of a save
+    monkeypatch.setattr('mem_nb.state.os.replace', die)
+    with pytest.warns(UserWarning, match='going on from the state before it'):
+        try: train(tmp_path/'a', stop_at(33))
+        except Killed: pass
+    monkeypatch.undo()
+    _,again = train(tmp_path/'a')
+    assert again['loss']==whole['loss'] and (tmp_path/'a'/'final.safetensors').read_bytes()==(tmp_path/'whole'/'final.safetensors').read_bytes()
+    assert len(good)>0 and not last.exists()
+
+def test_what_a_kill_at_the_very_end_left_is_tidied(tmp_path):
+    train(tmp_path)
+    (tmp_path/'last').mkdir(); (tmp_path/'last'/'state.pt').write_bytes(b'large')
+    train(tmp_path)
+    assert not (tmp_path/'last').exists()
+
+def test_a_damaged_line_of_a_log_is_said_and_costs_itself_only(tmp_path):
+    (tmp_path/'log.jsonl').write_text('{"step": 1}\n{"st\x00\n{"step": 3}\n{"step": 4')
+    with pytest.warns(UserWarning, match='line 2 is damaged'): assert [r['step'] for r in read_log(tmp_path)]==[1,3]
 
 def test_a_damaged_state_is_named(tmp_path):
     (tmp_path/'last').mkdir(); (tmp_path/'last'/'state.pt').write_text('rubbish')
