@@ -234,36 +234,37 @@ def test_one_element_of_an_array_fails_and_the_others_do_not(cluster, tmp_path, 
     assert 'some-seed_1: failed' in capsys.readouterr().out
 
 def of_array(cluster, tmp_path, steps):
-    "A sweep of three trainings in an array."
+    "Two trainings in an array: its elements 1 and 2, the last; element 0 has nothing left to do, as the stand-in counts to its end where the real program packs."
     (tmp_path/'x.conf').write_text(SMALL + f"runs_dir = {tmp_path}\nexpname = some\nslurm_container = {sys.executable} {HERE/'standin.py'}")
-    found = [cfg for cfg,_ in elements([tmp_path/'x.conf'], ['seed=0,1,2'])]
-    for cfg in found: cfg.folder.mkdir(); (cfg.folder/'plan.json').write_text(json.dumps(dict(steps=steps)))
-    submit_sweep(elements([tmp_path/'x.conf'], ['seed=0,1,2']))
+    found = elements([tmp_path/'x.conf'], ['seed=0,1,2'])
+    for k,(cfg,_) in enumerate(found): cfg.folder.mkdir(); (cfg.folder/'plan.json').write_text(json.dumps(dict(steps=steps if k else 1)))
+    submit_sweep(found)
     at = lambda cfg: run_status(cfg.folder, STEPS, 1, {})['at'] or 0
-    cluster.wait(lambda: all(at(cfg)>=3 for cfg in found), 'all three to begin', 60)
-    return found,noted_jobs(tmp_path/'some-sweep')[0]['job']
+    cluster.wait(lambda: all(at(cfg)>=3 for cfg,_ in found[1:]), 'both to begin', 60)
+    return [cfg for cfg,_ in found[1:]],noted_jobs(tmp_path/'some-sweep')[-1]['job']
 
 def events_of(cfg): return [json.loads(l)['event'] for l in (cfg.folder/'slurm'/'history.jsonl').read_text().splitlines()]
 
 def test_every_element_of_an_array_saves_and_is_requeued_the_last_one_too(cluster, tmp_path):
     "The last element has the number of the whole array."
-    found,array = of_array(cluster, tmp_path, 60)
+    found,array = of_array(cluster, tmp_path, 300)
     cluster.ask('scancel', '--signal=USR1', array)
-    cluster.wait(lambda: all(events_of(cfg)[-1:]==['requeued'] for cfg in found), 'all three to be requeued', 60)
+    cluster.wait(lambda: all(events_of(cfg)[-1:]==['requeued'] for cfg in found), 'both to be requeued', 60)
+    for cfg in found: (cfg.folder/'plan.json').write_text(json.dumps(dict(steps=300, seconds=.005)))
     time.sleep(3)
-    for _ in range(60):
-        for k in range(3): cluster.ask('scontrol', 'update', f'JobId={array}_{k}', 'StartTime=now')
-        if all(events_of(cfg)[-1:]==['done'] for cfg in found): break
-        time.sleep(1)
-    assert [events_of(cfg) for cfg in found]==[['start','requeued','start','done']]*3
-    assert [run_status(cfg.folder, STEPS, 1, {})['state'] for cfg in found]==['done']*3
+    def done():
+        for k in (1,2): cluster.ask('scontrol', 'update', f'JobId={array}_{k}', 'StartTime=now')
+        return all(events_of(cfg)[-1:]==['done'] for cfg in found)
+    cluster.wait(done, 'both to end', 60)
+    assert [events_of(cfg) for cfg in found]==[['start','requeued','start','done']]*2
+    assert [(cfg.folder/'pretrain'/'final0.txt').read_text() for cfg in found]==unbroken(300)*2
 
 def test_a_sweep_is_cancelled_as_a_whole(cluster, tmp_path, capsys):
     found,array = of_array(cluster, tmp_path, 10_000)
-    assert live_jobs(tmp_path/'some-sweep') and job_states([array])[array][0]=='RUNNING'
+    assert array in live_jobs(tmp_path/'some-sweep') and job_states([array])[array][0]=='RUNNING'
     watch('cancel', str(tmp_path/'some-sweep'))
-    cluster.wait(lambda: not any(live_jobs(cfg.folder) for cfg in found), 'all three to end', 60)
-    assert [run_status(cfg.folder, STEPS, 1, job_states([noted_jobs(cfg.folder)[-1]['job']]))['state'] for cfg in found]==['cancelled']*3
+    cluster.wait(lambda: not any(live_jobs(cfg.folder) for cfg in found), 'both to end', 60)
+    assert [run_status(cfg.folder, STEPS, 1, {})['state'] for cfg in found]==['cancelled']*2
 
 @pytest.mark.parametrize('text,key', [('slurm_partition = nowhere','slurm_partition'), ('gpu_num = 1\ngpu_vram = 48G','gpu_vram'), ('slurm_mem = 900G','slurm_mem'),
                                       ('slurm_time = soon','slurm_time'), ('slurm_options = --frobnicate','slurm_options'), ('slurm_mail_type = never','slurm_mail_type')])
