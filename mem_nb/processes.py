@@ -13,7 +13,7 @@ from accelerate import notebook_launcher
 from accelerate.state import AcceleratorState
 from tqdm import tqdm
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from .config import process_rank
+from .config import Stopped, process_rank
 from . import train as training
 
 # %% ../nbs/08c_processes.ipynb #2226c41d
@@ -48,7 +48,9 @@ def launch(
             logging.disable(logging.NOTSET)
             training.tqdm = _bar
             first = process_rank()[0]==0
-            with open(os.devnull, 'w') as nowhere, redirect_stdout(out if first else nowhere), _after_its_cause(): result = function(*args)
+            with open(os.devnull, 'w') as nowhere, redirect_stdout(out if first else nowhere), _after_its_cause():
+                try: result = function(*args)
+                except Stopped as e: raise RuntimeError(str(e)) from None       # the launcher passes on the words of an Exception only
             if first: answer.write_bytes(pickle.dumps(result))
         try:
             logging.disable(logging.ERROR)      # the launcher calls CPUs "CUDAs", and shows every error three times

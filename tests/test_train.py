@@ -1,7 +1,7 @@
 "Training: what makes a killed run end where an unbroken one does, and what stops a run that cannot go on."
 import json, os
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import numpy as np, pytest, torch
 from torch import nn
 from mem_nb.config import Config, RunConfig
@@ -240,6 +240,24 @@ def test_a_damaged_state_never_takes_the_place_of_a_sound_one(tmp_path, monkeypa
     _,again = train(tmp_path/'a')
     assert again['loss']==whole['loss'] and (tmp_path/'a'/'final.safetensors').read_bytes()==(tmp_path/'whole'/'final.safetensors').read_bytes()
     assert len(good)>0 and not last.exists()
+
+def test_weights_are_kept_along_the_way_and_change_nothing(tmp_path):
+    run = RunConfig(device='cpu', log_every=4, snapshots=4)
+    def train_so(folder, run, loss_fn=loss_fn):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 1)
+        fit(model, loss_fn, batches, 40, folder, torch.optim.AdamW(model.parameters()), lambda k: 1e-2, run, save_every=7)
+    train_so(tmp_path/'a', run); train_so(tmp_path/'b', replace(run, snapshots=0))
+    kept = sorted(p.name for p in (tmp_path/'a'/'steps').iterdir())
+    assert kept==['0000010.safetensors','0000020.safetensors','0000030.safetensors'] and not (tmp_path/'b'/'steps').exists()
+    assert (tmp_path/'a'/'final.safetensors').read_bytes()==(tmp_path/'b'/'final.safetensors').read_bytes()
+    def dies(model, batch, step, generator):
+        if step==23: raise KeyboardInterrupt
+        return loss_fn(model, batch, step, generator)
+    with pytest.raises(KeyboardInterrupt): train_so(tmp_path/'c', run, dies)
+    train_so(tmp_path/'c', run)
+    for name in kept: assert (tmp_path/'a'/'steps'/name).read_bytes()==(tmp_path/'c'/'steps'/name).read_bytes(), name
+    assert len({(tmp_path/'a'/'steps'/name).read_bytes() for name in kept})==3
 
 def test_what_a_kill_at_the_very_end_left_is_tidied(tmp_path):
     train(tmp_path)
