@@ -106,6 +106,7 @@ def explore_reconstruction(
         return (frame, mask, rows, *((frozen_tokens(task.vae, frame), model(*weights)(frame, mask)) if task.vae else (None,None)))
     @torch.inference_mode()
     def draw(sample, weights, masking, hidden, seed, patch_number=0):
+        offered.look()
         file = stages(cfg.folder/'pretrain').get(weights)
         if file is None: raise ValueError(f"{weights} is no longer there, since the training went on; choose others")
         frame,mask,rows,tokens,logits = guess(sample, (file, file.stat().st_mtime_ns), masking, hidden, seed)

@@ -151,7 +151,8 @@ class Controls:
         for (name,c),w in zip(self.panel.controls.items(), self.holders):
             if not isinstance(c, Pick) or tuple(w.options)==tuple(c.options): continue
             self.quiet = True
-            w.options,w.value = c.options,self.panel.values[name]
+            kept = self.panel.values[name]
+            w.options,w.value = c.options,kept if kept in c.options else None
             self.quiet = False
 
     def _moved(self, name, value):

@@ -204,9 +204,13 @@ def test_weights_along_the_way_are_offered_and_newer_ones_are_taken(run, tmp_pat
     assert trained and untrained and trained!=untrained
     save_file({k:torch.zeros_like(v) for k,v in weights.items()}, final)
     assert panel.picture()[0] not in (trained,b'')               # not what was read before
+    panel._repr_mimebundle_()
+    offered = dict(zip(panel.controls, panel.widget.holders))['weights']
     final.unlink()
-    png,_,told = panel.picture()
-    assert not png and 'choose others' in told
+    panel.widget.draw()
+    assert not panel.widget.picture.png and 'choose others' in panel.widget.told.value and offered.options==('step 12',) and offered.value is None
+    offered.value = 'step 12'
+    assert panel.widget.picture.png and panel.values['weights']=='step 12'
 
 def test_two_views_alone_ask_nothing_about_hidden_patches(run, tmp_path):
     from shutil import copytree
