@@ -17,7 +17,7 @@ from .state import is_done
 from .store import EventStore
 from .datasets import prepared
 from .data import all_frames
-from .finetune import load_classifier, predict
+from .finetune import finetune_config, load_classifier, predict
 from .segmented import class_colors
 from .panel import GrowingPick, Panel, Pick, Slide, Tick, explorer
 from .model_widgets import run_config
@@ -180,8 +180,8 @@ def browse_evaluation(
     classes,n = val.classes,len(val.classes)
     @cache
     def sure(word):
-        logits = predict(load_classifier(cfg, n, *found[word]), val, cfg.data)
-        return torch.as_tensor(logits).float().softmax(1).numpy()
+        "Probabilities, as the finetuning was judged."
+        return predict(load_classifier(cfg, n, *found[word]), val, finetune_config(cfg).data, slices=cfg.finetune.slices, views=cfg.finetune.views).numpy()
     worst = np.zeros((n,n), int); np.add.at(worst, (val.labels, sure(next(iter(found))).argmax(1)), 1)
     np.fill_diagonal(worst, 0)
     true,said = divmod(int(worst.argmax()), n)           # begin at the commonest mistake

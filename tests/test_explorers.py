@@ -156,6 +156,24 @@ def test_arrays_that_are_no_events_are_told(events):
     assert w.step_segmentation(torch.rand(1,3,32,32, requires_grad=True), np.zeros((1,32,32), int)).picture()[0]
     assert isinstance(w.step_segmentation(None, None), Said) and isinstance(w.explore_recording(), Said)
 
+def test_the_evaluation_shows_the_accuracy_and_the_probabilities_of_the_classifier(run):
+    from mem_nb.finetune import load_classifier, predict
+    from mem_nb.model_widgets import run_config
+    from mem_nb.store import EventStore
+    from mem_nb.datasets import prepared
+    cfg = run_config(run)
+    panel = w.browse_evaluation(run)
+    name = panel.values['classifier']
+    method,_,rest = name.partition('_'); labels,_,seed = rest.rpartition('_seed')
+    p = predict(load_classifier(cfg, 10, method, labels, int(seed)), EventStore(prepared(cfg), 'val'), cfg.data)
+    fig = panel.figure()
+    accuracy = json.loads((run/'finetune'/name/'final.json').read_text())['metrics']['val_accuracy']
+    assert f'{100*accuracy:.1f} % right' in fig.axes[0].get_title()
+    shown = [a.get_title() for a in fig.axes[1:] if a.get_title().endswith('%')]
+    said = p[:,panel.values['said_class']]
+    assert shown and all(any(f'{100*v:.0f} %'==t for v in said.tolist()) for t in shown)
+    assert float(shown[0].split()[0])>=100*float(p.max(1).values.min())-1
+
 def test_a_copy_among_the_finetunings_is_none(run, tmp_path):
     from shutil import copytree
     from mem_nb.model_widgets import run_config
