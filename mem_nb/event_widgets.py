@@ -90,6 +90,7 @@ def explore_recording(
         ax.stairs(rate/1000, ms(edges), color='#555', linewidth=1)
         if len(own): ax.axvspan(ms(int(own['t'][0])), ms(int(own['t'][-1])), color=LINES[3], alpha=.35)
         ax.set(xlabel='t (ms)', ylabel='1000 events / s', xlim=(0, max(ms(int(events['t'][-1])), 1e-3)), ylim=(0,None), title='the whole recording, and the window')
+        for a in fig.axes[cloud:]: a.locator_params(nbins=5)         # numbers are what takes time to draw
         return fig
     return Panel(draw, dict(by=Pick(('time','events'), label='cut by'), length=Slide(-3, 0, -1, .05, label='length, 10^'),
                             position=Slide(0, 1, 0, .01, play=250), colors=Pick(tuple(COLORS)), cloud=Tick(label='x-y-t cloud')),
