@@ -9,6 +9,7 @@ __all__ = ['LOST', 'launch']
 import logging, os, pickle, socket, sys, tempfile, time
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
+import torch
 from accelerate import notebook_launcher
 from accelerate.state import AcceleratorState
 from tqdm import tqdm
@@ -46,6 +47,7 @@ def launch(
         answer,out = Path(folder)/'answer',sys.stdout
         def work():
             logging.disable(logging.NOTSET)
+            torch.set_num_threads(torch.get_num_threads())      # mends torch's thread pool, lost in the fork, before autograd's threads do so all at once: pytorch#178535
             training.tqdm = _bar
             first = process_rank()[0]==0
             with open(os.devnull, 'w') as nowhere, redirect_stdout(out if first else nowhere), _after_its_cause():

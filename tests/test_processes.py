@@ -172,6 +172,13 @@ def judged():
 
 def replace_kind(task, kind): task.kind = kind; return task
 
+def threads_set(launch):
+    "What a process sets before its function begins."
+    calls,was = [],torch.set_num_threads
+    torch.set_num_threads = lambda n: (calls.append(n), was(n))
+    try: return launch(lambda: list(calls), 2)
+    finally: torch.set_num_threads = was
+
 def scenes(out):
     "Forks of one process, which has all imports: each scene breaks a run and continues it."
     import signal, warnings
@@ -200,6 +207,7 @@ def scenes(out):
     told['error'] = run('error', 3, grumble, 1)
     with locked(Path('runs/held/pretrain'), 'training in'): told['held'] = run('held')
     told['held_pid'] = os.getpid()
+    told['threads'] = threads_set(launch)
     launch(sparse, 2, 'calm'); launch(averaged, 2)
     try: launch(sparse, 2, 'sparse', 9)
     except RuntimeError: told['sparse'] = read_state('sparse/last/state.pt')['step']
@@ -330,6 +338,10 @@ def test_a_signal_to_all_or_to_one_loses_nothing_and_a_damaged_state_is_replaced
 
 def test_an_error_in_one_process_ends_both_with_its_words(told):
     assert told['error']['error']=='process 1 of 2: ValueError: no more coffee'
+
+def test_the_thread_pool_is_mended_before_the_function(told):
+    "Else autograd's threads do it all at once, and one of them aborts the process (pytorch#178535)."
+    assert told['threads']==[1]
 
 def test_a_folder_in_use_names_the_process_that_holds_it(told):
     assert f"process {told['held_pid']} on " in told['held']['error'] and 'is training in runs/held/pretrain; wait for it' in told['held']['error']
