@@ -1,8 +1,11 @@
 "What all benchmarks share: a record, the machine, and the file they are written to."
 import os, platform
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from datetime import date
+from multiprocessing import active_children, get_context
 from pathlib import Path
 import torch
+from tqdm import tqdm
 from mem_nb.train import write_json
 
 def record(
@@ -27,9 +30,13 @@ def cpu_model() -> str:
     names = [l.split(':')[1].strip() for l in lines if l.startswith('model name')]
     return names[0] if names else platform.processor() or platform.machine()
 
+def num_cores() -> int:
+    "Cores that this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+
 def machine() -> dict:
     "What the numbers depend on."
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    cores = num_cores()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return dict(cpu=cpu_model(), cores=cores, threads=torch.get_num_threads(), gpu=gpu,
                 python=platform.python_version(), torch=torch.__version__, date=date.today().isoformat())
@@ -51,3 +58,27 @@ def table(
              for r in records]
     head = ['what', 'measured', 'baseline', 'ratio', 'goal', 'met']
     return '\n'.join('| ' + ' | '.join(row) + ' |' for row in [head, ['---']*6, *cells])
+
+def side_by_side(
+    do,             # called with a task, in another process
+    tasks:list,     # taken from the front; who iterates may add to it
+    jobs:int=1,     # tasks at once, each with its share of the cores
+    name=str,       # of a task, for the bar
+):                  # yields each task and its result, as they end
+    "Do tasks in `jobs` processes. An error or an interrupt ends all of them: trainings save their state, and go on when they are asked for again."
+    os.environ['TQDM_DISABLE'] = '1'                    # the processes' own bars would write over each other
+    share,running = max(1, num_cores()//jobs),{}
+    with ProcessPoolExecutor(jobs, get_context('spawn'), torch.set_num_threads, (share,)) as pool, tqdm(unit='task') as bar:
+        try:
+            while tasks or running:
+                while tasks and len(running)<jobs:
+                    task = tasks.pop(0)
+                    running[pool.submit(do, task)] = task
+                bar.total = bar.n+len(running)+len(tasks)
+                bar.set_description('; '.join(name(t) for t in running.values()))
+                for ended in wait(running, return_when=FIRST_COMPLETED).done:
+                    bar.update()
+                    yield running.pop(ended),ended.result()
+        except BaseException:
+            for process in active_children(): process.terminate()
+            raise

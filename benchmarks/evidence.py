@@ -3,23 +3,27 @@
 python benchmarks/evidence.py --data <folder with Train/<digit>/<id>.bin> --json benchmarks/evidence.json
 
 Stop it at any moment; the same command goes on, and the records hold what is finished. `--seeds 0 1`, `--labels 50 100` and `--arms` do a part.
+`--jobs 2` does two trainings at once, each with its share of the cores: a small encoder leaves a second core idle.
 With `--others <folder>` one arm is pretrained on recordings of other cameras (any formats, no labels), and never sees a digit before its labels.
 Nothing is tuned here: the recipes stand in configs/nmnist.conf and in ARMS, and were found on the training part (nbs/tutorials/recipes.ipynb).
 """
 import argparse, hashlib, json, shutil
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 import matplotlib.pyplot as plt, numpy as np
 from scipy import stats
 from sklearn.linear_model import LogisticRegression
-from common import machine, record, table, write
+from common import machine, record, side_by_side, table, write
 from mem_nb.config import load_config
 from mem_nb.data import all_frames
 from mem_nb.datasets import SUFFIXES, prepared
 from mem_nb.evaluate import frame_baselines, pretrained_encoder, simple_records
 from mem_nb.events import make_events
-from mem_nb.finetune import finetune_one, label_subset, run_name
+from mem_nb.finetune import finetune_one, label_subset, pretrained_path, run_name
 from mem_nb.formats import read_events, write_events
 from mem_nb.pretrain import pretrain
+from mem_nb.state import weights_hash
 from mem_nb.store import EventStore, split_hash
 from mem_nb.tokenizer import tokenizer
 from mem_nb.train import is_done
@@ -33,7 +37,6 @@ ARMS = {                                    # what pretraining asks; same frames
 FIRST,OTHERS = next(iter(ARMS)),'two views, other cameras'
 ARMS[OTHERS] = ARMS[FIRST]                  # pretrained on what other cameras saw, finetuned on N-MNIST
 SCRATCH = ['class_min_steps=1000']   # two thirds more steps with few labels; the configuration has its learning rate, and no layer decay
-SPEED = ['precision=bf16']           # a third faster on the processor it ran on; the configuration itself asks for fp32, which is fast everywhere
 PLAIN = ['representation=histogram', 'frame_fit=crop', 'input_H=32', 'input_W=32']   # frames that throw time away, as before
 SEEDS = [0,1,2,3,4]
 WINDOW = 4000                                # events of a window of another camera, about as many as a recording of N-MNIST has
@@ -43,13 +46,13 @@ SLUG = {arm:f'arm{i}' for i,arm in enumerate(ARMS)} | {'from scratch':'scratch'}
 def config_of(arm, args):
     "The configuration of one kind of pretraining; all share one store, and the tokenizer where it is asked for."
     start = ['pt_skip=1', f'class_checkpoint={args.runs}/evidence/others/pretrain/final.safetensors'] if arm==OTHERS else []
-    return load_config(CONF, [f'data_path={args.data}', f'runs_dir={args.runs}', 'expweek=evidence', f'expname={SLUG[arm]}', *SPEED, *ARMS.get(arm, SCRATCH), *start, *args.set])
+    return load_config(CONF, [f'data_path={args.data}', f'runs_dir={args.runs}', 'expweek=evidence', f'expname={SLUG[arm]}', *ARMS.get(arm, SCRATCH), *start, *args.set])
 
 def source_of(arm, args):
     "The configuration that the encoder of an arm is pretrained under: its own, but for other cameras."
     if arm!=OTHERS: return config_of(arm, args)
     words = [f'data_path={other_cameras(args)}', 'data_set=recordings', 'split_file=', 'sensor_H=34', 'sensor_W=34', f'slice_max_evs={WINDOW}', 'window_overlap=0.5', 'val_fraction=0.05',
-             f'runs_dir={args.runs}', 'expweek=evidence', 'expname=others', 'class_methods=', *SPEED, *ARMS[arm], *args.set]
+             f'runs_dir={args.runs}', 'expweek=evidence', 'expname=others', 'class_methods=', *ARMS[arm], *args.set]
     cfg,own = load_config(CONF, words),config_of(FIRST, args)
     epochs = round(own.pretrain.epochs*len(stores(own)[0])/len(stores(cfg)[0]))      # as many steps as the other arms
     return load_config(CONF, [*words, f'pt_epochs={epochs}'])
@@ -97,33 +100,41 @@ def fact(method, n, seed, accuracy, train, own, **more):
 
 def finished(cfg, method, n, seed): return is_done(cfg.folder/'finetune'/run_name(method, n, seed))
 
-def trained(arm, args, only_read=False):
-    "Finetunings of one arm, seed after seed; `only_read` gives those that are finished and trains nothing."
-    cfg,method = config_of(arm, args),'pretrained' if arm in ARMS else 'scratch'
+def method_of(arm): return 'pretrained' if arm in ARMS else 'scratch'
+
+def trained(arm, args):
+    "The finetunings of one arm that are finished."
+    cfg = config_of(arm, args)
     train,val = stores(cfg)
     for s in args.seeds:
-        for n in args.labels or cfg.finetune.labels:
-            if only_read and not finished(cfg, method, n, s): continue
-            r = finetune_one(cfg, train, val, method, n, s)
+        for n in cfg.finetune.labels:
+            if not finished(cfg, method_of(arm), n, s): continue
+            r = finetune_one(cfg, train, val, method_of(arm), n, s)
             yield fact(arm, r['n_labels'], s, r['accuracy'], train, label_subset(train.labels, n, s), seconds=r['seconds'], steps=r['steps'])
 
 def frozen(arm, args):
-    "Nearest neighbour and linear probe on the features of the pretrained encoder, which nothing has finetuned."
+    "Nearest neighbour and linear probe on the features of the pretrained encoder, which nothing has finetuned; read where they were made before."
     cfg = config_of(arm, args)
-    cfg.finetune.seeds = tuple(args.seeds)
-    for r in simple_records(cfg, *stores(cfg), pretrained_encoder(cfg)):
-        if 'features' in r['method'] or r['method']=='linear probe':
-            yield {k:r[k] for k in ('labels','n_labels','seed','accuracy','split_hash','subset_hash')} | dict(method=f"{r['method'].removesuffix(' on features')}, {arm}")
+    kept = cfg.folder/f'frozen-{weights_hash(pretrained_path(cfg))}.json'
+    if not kept.is_file():
+        cfg.finetune.seeds,wanted = tuple(SEEDS),('knn on features','linear probe')
+        write(kept, [{k:r[k] for k in ('labels','n_labels','seed','accuracy','split_hash','subset_hash')} | dict(method=f"{r['method'].removesuffix(' on features')}, {arm}")
+                     for r in simple_records(cfg, *stores(cfg), pretrained_encoder(cfg), only=wanted)])
+    return [f for f in json.loads(kept.read_text()) if f['seed'] in args.seeds]
 
 def pretrained(arm, args): return (arm!=OTHERS or bool(args.others)) and is_done(source_of(arm, args).folder/'pretrain')
 
+def simple_facts(args):
+    "What the simple methods reach on the frames of the study, and on frames without time."
+    counts = load_config(CONF, [f'data_path={args.data}', f'runs_dir={args.runs}', *PLAIN])
+    return frames_records('frames', config_of(FIRST, args), args) + frames_records('counts', counts, args)
+
 def collect(args):
     "Everything that is finished, read from disk."
-    found = [*frames_records('frames', config_of(FIRST, args), args),
-             *frames_records('counts', load_config(CONF, [f'data_path={args.data}', f'runs_dir={args.runs}', *PLAIN]), args)]
+    found = simple_facts(args)
     for arm in ARMS:
-        if pretrained(arm, args): found += [*frozen(arm, args), *trained(arm, args, True)]
-    return found + list(trained('from scratch', args, True))
+        if pretrained(arm, args): found += [*frozen(arm, args), *trained(arm, args)]
+    return found + list(trained('from scratch', args))
 
 def difference(found, a, b, n):
     "Mean of `a - b` over the draws both have seen, with its 95 % interval (Student's t); None without two draws."
@@ -187,6 +198,37 @@ def save(args):
         figure(found, Path(args.json).with_suffix('.svg'))
     return out
 
+class Task(NamedTuple):
+    "A piece of the study that one process does."
+    step: str       # 'frames', 'pretrain' or 'finetune'
+    arm: str = ''
+    labels: object = ''
+    seed: int = 0
+    def __str__(self): return ' '.join(str(w) for w in (self.step, self.arm, *((self.labels, f'seed {self.seed}') if self.step=='finetune' else ())) if w)
+
+def do(args, task):
+    "What a task asks for."
+    if task.step=='frames': return simple_facts(args)
+    if task.step=='finetune':
+        cfg = config_of(task.arm, args)
+        return finetune_one(cfg, *stores(cfg), method_of(task.arm), task.labels, task.seed)
+    cfg = source_of(task.arm, args)
+    if not cfg.pretrain.mae: tokenizer(cfg)
+    pretrain(cfg)
+    return frozen(task.arm, args)
+
+def study(args):
+    "Pretrain the arms, and finetune each as soon as it can be, draw after draw: stopped early, all have about the same."
+    labels = args.labels or config_of(FIRST, args).finetune.labels
+    tunings = lambda arm: [Task('finetune', arm, n, s) for s in args.seeds for n in labels]
+    tasks = [Task('frames'), *(Task('pretrain', arm) for arm in args.arms), *(tunings('from scratch') if FIRST in args.arms else [])]
+    stores(config_of(FIRST, args))                      # prepared once, before many ask for it
+    for k,(task,_) in enumerate(side_by_side(partial(do, args), tasks, args.jobs)):
+        if task.step=='pretrain':
+            tasks += tunings(task.arm)
+            tasks.sort(key=lambda t: (t.step!='pretrain', t.seed))
+        if k%10==9: save(args)
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data', default='data/nmnist', help='folder with Train/<digit>/<id>.bin')
@@ -197,20 +239,11 @@ def main():
     parser.add_argument('--labels', type=lambda n: n if n=='all' else int(n), nargs='+', help='numbers of labels, for a part of the study')
     parser.add_argument('--arms', nargs='*', default=list(ARMS), choices=list(ARMS), help='kinds of pretraining')
     parser.add_argument('--set', nargs='*', default=[], metavar='KEY=VALUE', help='settings for a trial; not for the study')
+    parser.add_argument('--jobs', type=int, default=1, help='trainings at once')
     parser.add_argument('--collect', action='store_true', help='train nothing, only write down what is finished')
     args = parser.parse_args()
-    seeds = args.seeds
     if OTHERS in args.arms and not args.others: args.arms.remove(OTHERS)
-    for arm in [] if args.collect else args.arms:
-        cfg = source_of(arm, args)
-        if not cfg.pretrain.mae: tokenizer(cfg)
-        pretrain(cfg)
-        for s in seeds:                      # the first arm beside scratch, draw after draw: stopped early, both have the same
-            args.seeds = [s]
-            list(trained(arm, args))
-            if arm==FIRST: list(trained('from scratch', args))
-            args.seeds = seeds
-            save(args)
+    if not args.collect: study(args)
     out = save(args)
     print(table([r for r in out if r['kind']!='draw'])); print(machine())
 

@@ -1,6 +1,6 @@
 """What makes a small encoder learn from few labels? Tries inside the training part of N-MNIST: 400 recordings to learn from, 200 others of it to judge on.
 
-OMP_NUM_THREADS=1 python benchmarks/recipes.py --data <folder with Train/<digit>/<id>.bin> --json benchmarks/recipes.json
+python benchmarks/recipes.py --data <folder with Train/<digit>/<id>.bin> --json benchmarks/recipes.json --jobs 2
 
 Two tables: training from scratch (rate, length, and what else might help), and the shape of the encoder (patch, depth, class token) under a short pretraining.
 All else is configs/nmnist.conf; the recordings that benchmarks/evidence.py reports on are not read. The rows of other parts, from trials done by
@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 import numpy as np
-from common import machine, write
+from common import machine, side_by_side, write
 from mem_nb import finetune as finetuning
 from mem_nb.config import load_config
 from mem_nb.data import num_steps
@@ -77,27 +77,34 @@ def shape(what, words, args):
     tuned = [finetune_one(cfg, train, val, 'pretrained', 100, s)['accuracy'] for s in DRAWS]
     return dict(part='shape', what=what, steps=STEPS, knn=mean('knn on features'), linear=mean('linear probe'), finetuned=100*float(np.mean(tuned)), draws=len(tuned), seconds=spent, split_hash=train.split_hash)
 
+def do(args, task):
+    "The row of a task: (part, what, labels, steps)."
+    part,what,n,steps = task
+    return from_scratch(what, SCRATCH[what], n, steps, args) if part=='scratch' else shape(what, SHAPES[what], args)
+
+def told(task): return ' '.join(str(w) for w in task if w)
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data', default='data/nmnist', help='folder with Train/<digit>/<id>.bin')
     parser.add_argument('--runs', default='runs', help='where the runs lie')
     parser.add_argument('--json', default='benchmarks/recipes.json', help='file of the rows, read and written')
     parser.add_argument('--only', choices=('scratch','shape'), help='one of the two tables')
+    parser.add_argument('--jobs', type=int, default=1, help='trainings at once, each with its share of the cores')
     args = parser.parse_args()
     file = Path(args.json)
     rows = json.loads(file.read_text()) if file.is_file() else []
     key = lambda r: tuple(r.get(k) for k in ('part','what','n_labels','steps'))
-    def keep(row):
-        rows[:] = [r for r in rows if key(r)!=key(row)]+[row]
-        write(file, rows); print(row, flush=True)
+    prepared(config_of('first', [], args))              # once, before many ask for it
+    def keep(tasks):
+        for _,row in side_by_side(partial(do, args), tasks, args.jobs, told):
+            rows[:] = [r for r in rows if key(r)!=key(row)]+[row]
+            write(file, rows); print(row, flush=True)
     if args.only!='shape':
-        for what,words in SCRATCH.items():
-            for steps in LENGTHS[100] if what.startswith('rate') else (1200,): keep(from_scratch(what, words, 100, steps, args))
+        keep([('scratch', what, 100, steps) for what in SCRATCH for steps in (LENGTHS[100] if what.startswith('rate') else (1200,))])
         best = max((r for r in rows if r['part']=='scratch' and r['n_labels']==100), key=lambda r: r['accuracy'])['what']
-        for n in (50,'all'):
-            for steps in LENGTHS[n]: keep(from_scratch(best, SCRATCH[best], n, steps, args))
-    if args.only!='scratch':
-        for what,words in SHAPES.items(): keep(shape(what, words, args))
+        keep([('scratch', best, n, steps) for n in (50,'all') for steps in LENGTHS[n]])
+    if args.only!='scratch': keep([('shape', what, '', '') for what in SHAPES])
     print(machine())
 
 if __name__=='__main__': main()

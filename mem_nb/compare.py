@@ -71,12 +71,14 @@ def results_table(
 ):                  # of HTML
     "Methods down, budgets across, the best of each bold."
     groups = {}
-    for r in records: groups.setdefault((r['method'], r['n_labels']), []).append(r['accuracy'])
-    budgets,methods = sorted({n for _,n in groups}),list(dict.fromkeys(r['method'] for r in records))
-    mean = lambda m,n: np.mean(groups[m,n]) if (m,n) in groups else -1
-    best = {(int(np.argmax([mean(m,n) for m in methods])), j+1) for j,n in enumerate(budgets)}
+    for r in records: groups.setdefault((r['method'], (r['n_labels'], r['labels'])), []).append(r['accuracy'])
+    budgets,methods = sorted({b for _,b in groups}),list(dict.fromkeys(r['method'] for r in records))
+    mean = lambda m,b: np.mean(groups[m,b]) if (m,b) in groups else -1
+    best = {(int(np.argmax([mean(m,b) for m in methods])), j+1) for j,b in enumerate(budgets)}
+    count = [n for n,_ in budgets]
+    head = [f'{n:,} labels' + (f' ({word})' if count.count(n)>1 else '') for n,word in budgets]      # 50 and 5/class may be other draws
     cell = lambda v: '–' if v is None else percent(np.mean(v), np.std(v, ddof=1) if len(v)>1 else None) + f' ({len(v)})'
-    return html_table([[m, *(cell(groups.get((m,n))) for n in budgets)] for m in methods], ['accuracy, %', *(f'{n:,} labels' for n in budgets)], best)
+    return html_table([[m, *(cell(groups.get((m,b))) for b in budgets)] for m in methods], ['accuracy, %', *head], best)
 
 # %% ../nbs/15b_compare.ipynb #435d3b33
 def compared(run):

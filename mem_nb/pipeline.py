@@ -44,6 +44,15 @@ def _told(folder, step):
         with suppress(OSError), open(note, 'x') as f: f.write(f'{step}: {in_words(e)}')
         raise
 
+def _check_first(cfg, only_warn=False):
+    "What would stop finetuning is told before anything is trained, not after the pretraining."
+    if 'finetune' not in steps_of(cfg): return
+    EventStore,folder = import_module('mem_nb.store').EventStore,import_module('mem_nb.datasets').prepared(cfg)
+    try: import_module('mem_nb.finetune').check_finetune(cfg, EventStore(folder), EventStore(folder, 'val'))
+    except ValueError as e:
+        if not only_warn: raise
+        warnings.warn(f"finetuning will refuse this: {e}")
+
 def run_step(
     cfg:Config,      # configuration
     step:str,        # name of a step
@@ -56,15 +65,13 @@ def run_step(
     if world>1 and step!='segment': _prepare_first(cfg)      # which packs its own labelled data
     if rank and step in ALONE: return None
     if not rank and not conf.exists(): save_config(cfg, conf)
-    with _told(cfg.folder, step): result = getattr(import_module(STEPS[step]), step)(cfg)
+    with _told(cfg.folder, step):
+        if last and not rank and step in ('tokenizer','pretrain'): _check_first(cfg, only_warn=True)    # asked for alone: recordings without labels may be all it wants
+        result = getattr(import_module(STEPS[step]), step)(cfg)
+        if step=='prepare' and cfg.slurm.chain and not cfg.run.prepare_part: _check_first(cfg)       # the jobs after it fall with it
     if last and not rank: save_config(cfg, conf)
     print(f'{step}: {time.time()-began:.0f} s', flush=True)
     return result
-
-def _check_first(cfg):
-    "What would stop finetuning is told before anything is trained, not after the pretraining."
-    EventStore,folder = import_module('mem_nb.store').EventStore,import_module('mem_nb.datasets').prepared(cfg)
-    with _told(cfg.folder, 'finetune'): import_module('mem_nb.finetune').check_finetune(cfg, EventStore(folder), EventStore(folder, 'val'))
 
 def run(
     cfg:Config,  # configuration
@@ -73,7 +80,8 @@ def run(
     began = time.time()
     for step in (steps := steps_of(cfg)):
         result = run_step(cfg, step, step==steps[-1])
-        if step=='prepare' and 'finetune' in steps: _check_first(cfg)
+        if step=='prepare':
+            with _told(cfg.folder, 'finetune'): _check_first(cfg)
     print(f'all steps: {time.time()-began:.0f} s; results: {cfg.folder}')
     return result
 

@@ -94,6 +94,13 @@ def test_overlap_is_found_by_the_bytes_under_another_name(run, tmp_path):
 def test_settings_that_cannot_be(key):
     with pytest.raises(ValueError, match=key.split('=')[0]): parse_config(TINY, [key])
 
+def test_budgets_of_as_many_labels_keep_columns_of_their_own():
+    from fastcore.xml import to_xml
+    from mem_nb.compare import results_table
+    rec = lambda labels, n, a: dict(method='svm', labels=labels, n_labels=n, accuracy=a)
+    page = to_xml(results_table([rec('50', 50, .5), rec('5/class', 50, .7), rec('all', 100, .9)]))
+    for word in ('50 labels (50)', '50 labels (5/class)', '50.0', '70.0', '100 labels<'): assert word in page
+
 # ---- measures
 @given(st.integers(2, 8), st.integers(1, 60), st.integers(0, 999))
 @settings(max_examples=40, deadline=None)
