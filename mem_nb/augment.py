@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LUMA', 'GEOMETRIC', 'COLOR', 'OPS', 'flip_x', 'reverse_events', 'time_reverse', 'shift_events', 'drop_events',
-           'slice_events', 'augment_events', 'warp_frames', 'join_maps', 'draw_tilt', 'affine_frames', 'affine_events',
-           'draw_bend', 'bend_events', 'jitter_frames', 'color_jitter', 'draw_light', 'apply_op', 'draw_ops',
-           'apply_ops', 'ops_map', 'rand_augment']
+           'slice_events', 'warp_frames', 'join_maps', 'draw_tilt', 'affine_frames', 'affine_events', 'draw_bend',
+           'bend_events', 'jitter_frames', 'color_jitter', 'draw_light', 'apply_op', 'draw_ops', 'apply_ops', 'ops_map',
+           'rand_augment']
 
 # %% ../nbs/06_augment.ipynb #1cbcae64
 import math
@@ -14,8 +14,9 @@ from dataclasses import replace
 from functools import reduce
 import torch
 import torch.nn.functional as F
-from .batches import EventBatch, event_chance, keep
+from .batches import EventBatch, PackedBatch, event_chance, keep
 from .frames import _spread_within, move_events, pixel_map
+from .loops import bend_words, edit_words, loopable, lose_words, within_pixels
 
 # %% ../nbs/06_augment.ipynb #1b90a53a
 def _uniform(low, high, shape, generator, device):
@@ -76,7 +77,9 @@ def drop_events(
     generator:torch.Generator,  # source of chance
 ):                              # a batch of the same kind
     "Lose events at random, as a less sensitive camera would; each sample has a seed of its own, so it does not matter who has the others."
-    return keep(batch, event_chance(batch, _integers(0, 2**62, (batch.own[1],), generator, batch.offsets.device)[batch.own[0]]) >= fraction)
+    seeds = _integers(0, 2**62, (batch.own[1],), generator, batch.offsets.device)[batch.own[0]]
+    if loopable(batch): return edit_words(batch, lambda i,words: lose_words(words, int(seeds[i]), fraction))
+    return keep(batch, event_chance(batch, seeds) >= fraction)
 
 def slice_events(
     batch,                      # events of B samples, packed or not
@@ -91,19 +94,6 @@ def slice_events(
     first = batch.offsets[:-1] + start - offsets[:-1]                     # from a place in the new row to one in the old
     index = first.repeat_interleave(counts)
     return batch.pick(index.add_(torch.arange(len(index), device=n.device)), offsets)
-
-# %% ../nbs/06_augment.ipynb #6f650e56
-def augment_events(
-    batch:EventBatch,           # events of B samples
-    flip:float,                 # probability of `flip_x`
-    time_flip:float,            # probability of `time_reverse`
-    max_shift:int,              # pixels
-    generator:torch.Generator,  # source of chance
-) -> EventBatch:
-    "Time reversal, flip and shift, drawn for each sample."
-    if time_flip: batch = time_reverse(batch, time_flip, generator)
-    if flip: batch = flip_x(batch, flip, generator)
-    return shift_events(batch, max_shift, generator) if max_shift else batch
 
 # %% ../nbs/06_augment.ipynb #8b996baa
 def _matrix(*rows):
@@ -183,15 +173,19 @@ def draw_bend(
 def bend_events(
     batch,              # events of B samples, packed or not
     bend:torch.Tensor,  # `(B, 2, k, k)` pixels, from `draw_bend`
-) -> EventBatch:
+):                      # a batch of the same kind
     "Move each event as the arrows around it say, smoothly; those that leave the sensor are dropped."
-    if hasattr(batch, 'unpack'): batch = batch.unpack()
     h,w = batch.size
-    field = F.interpolate(bend.to(batch.x.device), (h,w), mode='bicubic', align_corners=True).permute(1,0,2,3).reshape(2,-1)
-    x,y = (v+.5+d for v,d in zip((batch.x,batch.y), _spread_within(batch)))       # an event lies anywhere in its pixel
-    place = batch.sample*(h*w) + batch.y*w + batch.x
-    x,y = ((v+f.index_select(0, place)).floor_().int() for v,f in zip((x,y), field))
-    return keep(replace(batch, x=x, y=y), (x>=0)&(x<w)&(y>=0)&(y<h))
+    field = F.interpolate(bend.to(batch.offsets.device), (h,w), mode='bicubic', align_corners=True)
+    if loopable(batch):
+        ways,within = field.numpy(),within_pixels(batch)
+        return edit_words(batch, lambda i,words: bend_words(words, ways[i], *within[:,:len(words)]))
+    seen = batch.unpack(False) if isinstance(batch, PackedBatch) else batch
+    place = seen.sample*(h*w) + seen.y*w + seen.x
+    x,y = (v+.5+d for v,d in zip((seen.x,seen.y), _spread_within(seen)))       # an event lies anywhere in its pixel
+    x,y = ((v+f.index_select(0, place)).floor_().int() for v,f in zip((x,y), field.permute(1,0,2,3).reshape(2,-1)))
+    new = dict(x=x, y=y) if seen is batch else dict(words=batch.words>>24<<24 | y.long()<<12 | x)
+    return keep(replace(batch, **new), (x>=0)&(x<w)&(y>=0)&(y<h))
 
 # %% ../nbs/06_augment.ipynb #b5edb324
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601: the original's colour operations read the channels as red, green, blue

@@ -16,7 +16,7 @@ from .augment import (COLOR, OPS, _integers, _matrix, _uniform, apply_ops, draw_
                             draw_tilt, jitter_frames, join_maps, ops_map, reverse_events, warp_frames)
 from .config import DataConfig
 from .batches import EventBatch, PackedBatch, keep
-from .loops import loop_frames
+from .loops import loop_frames, loopable
 from .recolour import loop_light, loop_ops
 from .frames import (gamma_transform, histogram, log_transform, pixel_map,
                            remove_hot_pixels, resize_frames, to_frames)
@@ -165,8 +165,8 @@ def by_loop(
     draws:Draws,   # None: nothing was drawn
 ) -> bool:
     "May `loop_frames` make these frames? It can what most frames want, on a CPU."
-    plain = d.representation=='histogram' and not (d.logtrafo or d.gammatrafo or d.original_frames)
-    return plain and isinstance(batch, PackedBatch) and not batch.words.is_cuda and (d.geometry=='events' or draws is None or draws.corner is None)
+    plain = d.representation in ('histogram','stacked') and not (d.logtrafo or d.gammatrafo or d.original_frames)
+    return plain and loopable(batch) and (d.geometry=='events' or draws is None or draws.corner is None)
 
 def _change(out, d, draws):
     "What is done to finished frames: tilt, RandAugment; in place."
@@ -207,7 +207,7 @@ def make_views(
     lit = torch.empty_like(out) if two else out
     if quick := by_loop(batch, d, draws):
         scale = {k:style[k] for k in ('size','fit','hot_pixel_stds','normalize','gain','timesurface')}
-        loop_frames(batch, go=go, grid=_grid(d), back=draws and draws.back, out=out, **scale)
+        loop_frames(batch, go=go, grid=_grid(d), back=draws and draws.back, bins=d.voxel_bins if d.representation=='stacked' else 0, out=out, **scale)
     for i,j in pieces(batch, max(d.input_H*d.input_W, batch.size[0]*batch.size[1])):
         drawn = draws and draws.part(i, j)
         if not quick:
@@ -216,7 +216,7 @@ def make_views(
             if d.original_frames: original_frames(part, d, drawn, out[i:j])
             else: _write(part, d, style, drawn, go if go is None else go[...,i:j], out[i:j])
         if not d.original_frames: _change(out[i:j], d, drawn)
-        _lighten(out[i:j], d, drawn, lit[i:j], quick)
+        _lighten(out[i:j], d, drawn, lit[i:j], quick and d.representation=='histogram')
     return (out,lit) if two else out
 
 # %% ../nbs/06b_views.ipynb #b0d4213c

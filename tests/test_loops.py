@@ -1,7 +1,7 @@
 "The compiled way to frames gives what the operations on batches give."
 from dataclasses import replace
 import numpy as np, pytest, torch
-from mem_nb.augment import COLOR, OPS, apply_ops, draw_ops
+from mem_nb.augment import COLOR, OPS, apply_ops, bend_events, draw_bend, draw_ops, drop_events
 from mem_nb.batches import PackedBatch
 from mem_nb.config import DataConfig
 from mem_nb.data import make_frames
@@ -10,6 +10,9 @@ from mem_nb.frames import pixel_map, to_frames
 from mem_nb.loops import loop_frames, pixel_sums
 from mem_nb.recolour import loop_ops, recolour, room_for
 from mem_nb.views import by_loop
+
+seeded = lambda: torch.Generator().manual_seed(3)
+def same(packed, batch): return torch.equal(packed.offsets, batch.offsets) and all(torch.equal(getattr(packed.unpack(), k), getattr(batch, k)) for k in 'xytp')
 
 SIZE = (40,60)
 
@@ -27,6 +30,25 @@ def test_frames_as_by_operations(how, size):
     batch = packed()
     assert close(loop_frames(batch, size, **how), to_frames(batch.unpack(), size, **how))
 
+@pytest.mark.parametrize('how', [{}, dict(fit='crop'), dict(normalize=False), dict(hot_pixel_stds=2.), dict(gain=3.)])
+@pytest.mark.parametrize('bins', [1,3,10])
+def test_stacked_counts_as_by_operations(how, bins):
+    batch = packed()
+    for size in (SIZE, (32,32), (17,90)): assert close(loop_frames(batch, size, bins=bins, **how), to_frames(batch.unpack(), size, 'stacked', voxel_bins=bins, **how))
+
+@pytest.mark.parametrize('fraction', [0., .15, .9, 1.])
+def test_events_are_lost_as_by_operations(fraction):
+    batch = packed()
+    lost = drop_events(batch, fraction, seeded())
+    assert same(lost, drop_events(batch.unpack(), fraction, seeded())) and len(lost.words)<=len(batch.words)
+    assert same(batch, packed().unpack())                      # the batch itself is as it was
+
+@pytest.mark.parametrize('bend', [0., .05, .5])
+def test_events_are_bent_as_by_operations(bend):
+    batch = packed((900,0,1,3000,50))
+    arrows = draw_bend(5, SIZE, bend, seeded())
+    assert same(bend_events(batch, arrows), bend_events(batch.unpack(), arrows))
+
 def test_the_worst_of_hot_pixels():
     e = make_events([5]*500+[1,2,3], [5]*500+[1,2,3], range(503), [1]*503)
     batch = PackedBatch(torch.from_numpy(pack_events(e).view(np.int64)), torch.tensor([0,503]), torch.zeros(1, dtype=torch.int64), SIZE)
@@ -35,10 +57,12 @@ def test_the_worst_of_hot_pixels():
 
 @pytest.mark.parametrize('d', [DataConfig(), DataConfig(rotate=20, scale=.2, translate=.1), DataConfig(geometry='frames', rotate=20), DataConfig(frame_fit='scale_crop'),
                                DataConfig(frame_fit='crop', flip=1., time_flip=1.), DataConfig(rand_aug=False, max_random_shift_evs=30),
-                               *(DataConfig(timesurface=True, time_flip=p, geometry=g, rotate=20, max_random_shift_evs=9) for p in (0.,1.) for g in ('events','frames'))])
+                               *(DataConfig(timesurface=True, time_flip=p, geometry=g, rotate=20, max_random_shift_evs=9) for p in (0.,1.) for g in ('events','frames')),
+                               *(DataConfig(representation='stacked', voxel_bins=3, rand_aug=False, time_flip=p, geometry=g, rotate=20, event_drop=.2, bend=.1) for p in (0.,1.) for g in ('events','frames')),
+                               DataConfig(representation='stacked', frame_fit='scale_crop', event_drop=.2), DataConfig(bend=.1, event_drop=.5)])
 def test_augmented_frames_as_by_operations(d):
     d = replace(d, input_H=48, input_W=56)
-    batch,seeded = packed(),lambda: torch.Generator().manual_seed(3)
+    batch = packed()
     assert by_loop(batch, d, None)
     loop,ops = (make_frames(b, d, seeded(), .2, .2) for b in (batch, batch.unpack()))
     assert ((loop-ops).abs()>1e-5).float().mean()<1e-4
