@@ -1,15 +1,16 @@
 """Which masks, and which question about what they hide? Real N-MNIST: 600 recordings to pretrain on, 100 labels, 200 recordings to report on.
 
-OMP_NUM_THREADS=1 python benchmarks/masks.py --data <folder with Train/<digit>/<id>.bin> --json benchmarks/masks.json
+python benchmarks/masks.py --data <folder with Train/<digit>/<id>.bin> --json benchmarks/masks.json --jobs 2
 
 Each of three seeds decides everything: tokenizer, weights, masks, the draw of the labels. Frames, encoder and number of hidden patches are those of
-configs/nmnist_tokens.conf in every arm; steps are three tenths of its, since there are twelve pretrainings. Stop it at any moment; the same
+configs/nmnist.conf in every arm; steps are two fifths of its, since there are twelve pretrainings. Stop it at any moment; the same
 command goes on, and the records hold what is finished. Nothing is tuned here.
 """
 import argparse, json
+from functools import partial
 from pathlib import Path
 import numpy as np
-from common import machine, record, table, write
+from common import machine, record, side_by_side, table, write
 from mem_nb.config import load_config
 from mem_nb.datasets import prepared
 from mem_nb.finetune import finetune_one
@@ -19,10 +20,10 @@ from mem_nb.state import is_done
 from mem_nb.store import EventStore
 from mem_nb.tokenizer import tokenizer
 
-CONF = Path(__file__).parents[1]/'configs/nmnist_tokens.conf'
-ARMS = {'tokens, random masks':['masking=random'], 'tokens, block masks':['masking=block'], 'tokens, event-aware masks':['masking=event'],
+CONF = Path(__file__).parents[1]/'configs/nmnist.conf'
+ARMS = {'tokens, random masks':['masking=random', 'mae=0'], 'tokens, block masks':['masking=block', 'mae=0'], 'tokens, event-aware masks':['masking=event', 'mae=0'],
         'pixels (MAE), random masks':['masking=random', 'mae=1']}
-STEPS = ['pt_epochs=300', 'pt_warmup_steps=60']
+STEPS = ['pt_hidden=1', 'pt_contrast=0', 'pt_epochs=160', 'pt_warmup_steps=60']        # 1500 steps, which ask for what is hidden and for nothing else
 
 def config_of(arm, seed, args):
     "One arm of one seed; the arms of a seed share its tokenizer."
@@ -34,11 +35,15 @@ def config_of(arm, seed, args):
 
 def train(cfg):
     "All that one arm of one seed needs; what is finished is left as it is."
-    if not (cfg.pretrain.mae or cfg.tokenizer.skip): tokenizer(cfg)
     if not is_done(cfg.folder/'pretrain'): pretrain(cfg)
     linear_probe(cfg)
     folder = prepared(cfg)
     finetune_one(cfg, EventStore(folder), EventStore(folder, 'val'), 'pretrained', 100, cfg.run.seed)
+
+def do(args, task):
+    "A tokenizer, which comes first, or all else of an arm and seed."
+    arm,seed = task
+    return tokenizer(config_of(next(iter(ARMS)), seed, args)) if arm=='tokenizer' else train(config_of(arm, seed, args))
 
 def results(args):
     "Accuracy of each method in each arm and seed that is finished."
@@ -73,11 +78,14 @@ def main():
     parser.add_argument('--seeds', type=int, nargs='+', default=[0,1,2])
     parser.add_argument('--set', nargs='*', default=[], metavar='KEY=VALUE', help='settings for a trial; not for the record')
     parser.add_argument('--json', help='file for the records')
+    parser.add_argument('--jobs', type=int, default=1, help='trainings at once, each with its share of the cores')
     args = parser.parse_args()
-    for s in args.seeds:                    # seed after seed: stopped early, all arms have the same
-        for arm in ARMS:
-            train(config_of(arm, s, args))
-            if args.json: write(args.json, records(results(args), args))
+    prepared(config_of(next(iter(ARMS)), 0, args))      # once, before many ask for it
+    tokens = [arm for arm in ARMS if 'mae=1' not in ARMS[arm]]
+    tasks = [('tokenizer', s) for s in args.seeds] + [(arm, s) for s in args.seeds for arm in ARMS if arm not in tokens]
+    for (what,seed),_ in side_by_side(partial(do, args), tasks, args.jobs, lambda t: f'{t[0]}, seed {t[1]}'):
+        if what=='tokenizer': tasks[:0] = [(arm, seed) for arm in tokens]
+        elif args.json: write(args.json, records(results(args), args))
     out = records(results(args), args)
     print(table(out)); print(machine())
 
