@@ -1,5 +1,5 @@
 "What all benchmarks share: a record, the machine, and the file they are written to."
-import os, platform
+import os, platform, signal
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from datetime import date
 from multiprocessing import active_children, get_context
@@ -61,24 +61,30 @@ def table(
 
 def side_by_side(
     do,             # called with a task, in another process
-    tasks:list,     # taken from the front; who iterates may add to it
+    tasks:list,     # taken from the front; `then` may add to it
+    then,           # called here with each task and its result, as they end
     jobs:int=1,     # tasks at once, each with its share of the cores
     name=str,       # of a task, for the bar
-):                  # yields each task and its result, as they end
-    "Do tasks in `jobs` processes. An error or an interrupt ends all of them: trainings save their state, and go on when they are asked for again."
+):
+    "Do tasks in `jobs` processes. An error or a signal ends all of them: trainings save their state, and go on when they are asked for again."
+    if jobs<1: raise ValueError(f"--jobs {jobs}: at least one")
     os.environ['TQDM_DISABLE'] = '1'                    # the processes' own bars would write over each other
     share,running = max(1, num_cores()//jobs),{}
-    with ProcessPoolExecutor(jobs, get_context('spawn'), torch.set_num_threads, (share,)) as pool, tqdm(unit='task') as bar:
-        try:
-            while tasks or running:
-                while tasks and len(running)<jobs:
-                    task = tasks.pop(0)
-                    running[pool.submit(do, task)] = task
-                bar.total = bar.n+len(running)+len(tasks)
-                bar.set_description('; '.join(name(t) for t in running.values()))
-                for ended in wait(running, return_when=FIRST_COMPLETED).done:
-                    bar.update()
-                    yield running.pop(ended),ended.result()
-        except BaseException:
-            for process in active_children(): process.terminate()
-            raise
+    def stop(*_): raise KeyboardInterrupt
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with ProcessPoolExecutor(jobs, get_context('spawn'), torch.set_num_threads, (share,)) as pool, tqdm(unit='task') as bar:
+            try:
+                while tasks or running:
+                    while tasks and len(running)<jobs:
+                        task = tasks.pop(0)
+                        running[pool.submit(do, task)] = task
+                    bar.total = bar.n+len(running)+len(tasks)
+                    bar.set_description('; '.join(name(t) for t in running.values()))
+                    for ended in wait(running, return_when=FIRST_COMPLETED).done:
+                        then(running.pop(ended), ended.result())
+                        bar.update()
+            except BaseException:
+                for process in active_children(): process.terminate()
+                raise
+    finally: signal.signal(signal.SIGTERM, before)

@@ -83,9 +83,10 @@ def main():
     prepared(config_of(next(iter(ARMS)), 0, args))      # once, before many ask for it
     tokens = [arm for arm in ARMS if 'mae=1' not in ARMS[arm]]
     tasks = [('tokenizer', s) for s in args.seeds] + [(arm, s) for s in args.seeds for arm in ARMS if arm not in tokens]
-    for (what,seed),_ in side_by_side(partial(do, args), tasks, args.jobs, lambda t: f'{t[0]}, seed {t[1]}'):
-        if what=='tokenizer': tasks[:0] = [(arm, seed) for arm in tokens]
+    def then(task, _):
+        if task[0]=='tokenizer': tasks[:0] = [(arm, task[1]) for arm in tokens]
         elif args.json: write(args.json, records(results(args), args))
+    side_by_side(partial(do, args), tasks, then, args.jobs, lambda t: f'{t[0]}, seed {t[1]}')
     out = records(results(args), args)
     print(table(out)); print(machine())
 

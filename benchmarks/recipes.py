@@ -26,14 +26,15 @@ CONFIGS = Path(__file__).parents[1]/'configs'
 DRAWS = (0,1)                      # of labels, for what is trained; probes have five
 STEPS = 938                        # of the short pretrainings, a quarter of the recipe's
 SCRATCH = {                        # what is different from scratch's settings in configs/nmnist.conf
-    'rate 1.5e-3':            ['class_scratch_lr=1.5e-3'],
-    'rate 3e-3':              [],
+    'rate 1.5e-3':            [],
+    'rate 3e-3':              ['class_scratch_lr=3e-3'],
     'rate 6e-3':              ['class_scratch_lr=6e-3'],
     'two blocks':             ['transformer_depth=2'],
     'layer decay 0.8':        ['class_scratch_layer_decay=0.8'],
     'mixup 0.4':              ['class_mixup=0.4'],
     'class token':            ['class token'],
-    'position bias at 0':     ['transformer_position_start=zero']}
+    'position bias at 0':     ['transformer_position_start=zero'],
+    'rate 0.8e-3':            ['class_scratch_lr=0.8e-3']}
 LENGTHS = {100:(600,1200,2400), 50:(1200,2400), 'all':(1200,2400)}
 SHAPES = {
     'patches of 4 pixels, 4 blocks':           [],
@@ -96,15 +97,15 @@ def main():
     rows = json.loads(file.read_text()) if file.is_file() else []
     key = lambda r: tuple(r.get(k) for k in ('part','what','n_labels','steps'))
     prepared(config_of('first', [], args))              # once, before many ask for it
-    def keep(tasks):
-        for _,row in side_by_side(partial(do, args), tasks, args.jobs, told):
-            rows[:] = [r for r in rows if key(r)!=key(row)]+[row]
-            write(file, rows); print(row, flush=True)
+    def keep(task, row):
+        rows[:] = [r for r in rows if key(r)!=key(row)]+[row]
+        write(file, rows); print(row, flush=True)
+    search = lambda tasks: side_by_side(partial(do, args), tasks, keep, args.jobs, told)
     if args.only!='shape':
-        keep([('scratch', what, 100, steps) for what in SCRATCH for steps in (LENGTHS[100] if what.startswith('rate') else (1200,))])
+        search([('scratch', what, 100, steps) for what in SCRATCH for steps in (LENGTHS[100] if what.startswith('rate') else (1200,))])
         best = max((r for r in rows if r['part']=='scratch' and r['n_labels']==100), key=lambda r: r['accuracy'])['what']
-        keep([('scratch', best, n, steps) for n in (50,'all') for steps in LENGTHS[n]])
-    if args.only!='scratch': keep([('shape', what, '', '') for what in SHAPES])
+        search([('scratch', best, n, steps) for n in (50,'all') for steps in LENGTHS[n]])
+    if args.only!='scratch': search([('shape', what, '', '') for what in SHAPES])
     print(machine())
 
 if __name__=='__main__': main()

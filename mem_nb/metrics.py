@@ -66,7 +66,7 @@ def show_reliability(
 
 # %% ../nbs/07c_metrics.ipynb #c6468cb3
 METHOD_NAMES = {'pretrained':'pretrained, finetuned', 'scratch':'from scratch', 'linear probe':'linear probe on features',
-                'knn on features':'1-NN on features', 'svm':'SVM on frames', 'logistic':'logistic regression on frames', 'knn':'1-NN on frames',
+                'knn on features':'kNN on features', 'svm':'SVM on frames', 'logistic':'logistic regression on frames', 'knn':'kNN on frames',
                 'majority':'commonest class'}
 
 def spread(values):

@@ -49,9 +49,9 @@ def _check_first(cfg, only_warn=False):
     if 'finetune' not in steps_of(cfg): return
     EventStore,folder = import_module('mem_nb.store').EventStore,import_module('mem_nb.datasets').prepared(cfg)
     try: import_module('mem_nb.finetune').check_finetune(cfg, EventStore(folder), EventStore(folder, 'val'))
-    except ValueError as e:
+    except Exception as e:
         if not only_warn: raise
-        warnings.warn(f"finetuning will refuse this: {e}")
+        warnings.warn(f"finetuning will refuse this: {in_words(e)}")
 
 def run_step(
     cfg:Config,      # configuration
@@ -68,7 +68,7 @@ def run_step(
     with _told(cfg.folder, step):
         if last and not rank and step in ('tokenizer','pretrain'): _check_first(cfg, only_warn=True)    # asked for alone: recordings without labels may be all it wants
         result = getattr(import_module(STEPS[step]), step)(cfg)
-        if step=='prepare' and cfg.slurm.chain and not cfg.run.prepare_part: _check_first(cfg)       # the jobs after it fall with it
+        if step=='prepare' and last and cfg.slurm.chain and not cfg.run.prepare_part: _check_first(cfg)       # the jobs after it fall with it
     if last and not rank: save_config(cfg, conf)
     print(f'{step}: {time.time()-began:.0f} s', flush=True)
     return result
@@ -240,8 +240,8 @@ steps:
 protocols, on the same draws of the labels:
   few_labels    finetune for each budget of class_labels and each seed, beside probes and baselines
   linear_probe  logistic regression on frozen features
-  knn           nearest neighbour by frozen features
-  baselines     SVM, logistic regression, nearest neighbour on frames
+  knn           nearest neighbours by frozen features
+  baselines     SVM, logistic regression, nearest neighbours on frames
 
 many runs, and clusters:
   sweep      every combination of key=a,b,c, and one table; --table shows it at any time

@@ -93,13 +93,13 @@ def linear_probe(
 def knn(
     cfg:Config,  # a run with a pretrained encoder
 ) -> list:       # records
-    "Nearest neighbour by frozen features, for each draw of the labels, beside the commonest class."
+    "Nearest neighbours by frozen features, for each draw of the labels, beside the commonest class."
     return _probe(cfg, 'knn', ('knn on features','majority'))
 
 def baselines(
     cfg:Config,  # of any labelled data set
 ) -> list:       # records
-    "Commonest class, nearest neighbour, SVM and logistic regression on frames: what no network reaches."
+    "Commonest class, nearest neighbours, SVM and logistic regression on frames: what no network reaches."
     return _probe(cfg, 'baselines', ('majority', *frame_models()), frozen=False)
 
 def few_labels(
