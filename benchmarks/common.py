@@ -2,8 +2,9 @@
 import os, platform, signal
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from datetime import date
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
+from threading import Thread
 import torch
 from tqdm import tqdm
 from mem_nb.train import write_json
@@ -34,11 +35,17 @@ def num_cores() -> int:
     "Cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
-def machine() -> dict:
+def num_threads(jobs:int) -> int:
+    "Threads that each of several tasks at once has."
+    return max(1, num_cores()//jobs)
+
+def machine(
+    jobs:int=0,  # tasks at once, see `side_by_side`; 0: measured in this process
+) -> dict:
     "What the numbers depend on."
     cores = num_cores()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return dict(cpu=cpu_model(), cores=cores, threads=torch.get_num_threads(), gpu=gpu,
+    return dict(cpu=cpu_model(), cores=cores, threads=num_threads(jobs) if jobs else torch.get_num_threads(), gpu=gpu,
                 python=platform.python_version(), torch=torch.__version__, date=date.today().isoformat())
 
 def write(
@@ -59,6 +66,12 @@ def table(
     head = ['what', 'measured', 'baseline', 'ratio', 'goal', 'met']
     return '\n'.join('| ' + ' | '.join(row) + ' |' for row in [head, ['---']*6, *cells])
 
+def _worker(threads):
+    "Take a share of the cores, and end as for a signal where the parent is gone, however that came."
+    def follow(): parent_process().join(); os.kill(os.getpid(), signal.SIGTERM)
+    torch.set_num_threads(threads)
+    Thread(target=follow, daemon=True).start()
+
 def side_by_side(
     do,             # called with a task, in another process
     tasks:list,     # taken from the front; `then` may add to it
@@ -69,11 +82,11 @@ def side_by_side(
     "Do tasks in `jobs` processes. An error or a signal ends all of them: trainings save their state, and go on when they are asked for again."
     if jobs<1: raise ValueError(f"--jobs {jobs}: at least one")
     os.environ['TQDM_DISABLE'] = '1'                    # the processes' own bars would write over each other
-    share,running = max(1, num_cores()//jobs),{}
+    running = {}
     def stop(*_): raise KeyboardInterrupt
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        with ProcessPoolExecutor(jobs, get_context('spawn'), torch.set_num_threads, (share,)) as pool, tqdm(unit='task') as bar:
+        with ProcessPoolExecutor(jobs, get_context('spawn'), _worker, (num_threads(jobs),)) as pool, tqdm(unit='task') as bar:
             try:
                 while tasks or running:
                     while tasks and len(running)<jobs:
@@ -82,7 +95,9 @@ def side_by_side(
                     bar.total = bar.n+len(running)+len(tasks)
                     bar.set_description('; '.join(name(t) for t in running.values()))
                     for ended in wait(running, return_when=FIRST_COMPLETED).done:
-                        then(running.pop(ended), ended.result())
+                        task = running.pop(ended)
+                        if ended.exception(): bar.write(f'failed: {name(task)}')
+                        then(task, ended.result())
                         bar.update()
             except BaseException:
                 for process in active_children(): process.terminate()

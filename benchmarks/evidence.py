@@ -126,10 +126,11 @@ def folder_of(arm, args):
 
 def pretrained(arm, args): return (arm!=OTHERS or bool(args.others)) and is_done(folder_of(arm, args)/'pretrain')
 
+def counts_config(args): return load_config(CONF, [f'data_path={args.data}', f'runs_dir={args.runs}', *PLAIN])
+
 def simple_facts(args):
     "What the simple methods reach on the frames of the study, and on frames without time."
-    counts = load_config(CONF, [f'data_path={args.data}', f'runs_dir={args.runs}', *PLAIN])
-    return frames_records('frames', config_of(FIRST, args), args) + frames_records('counts', counts, args)
+    return frames_records('frames', config_of(FIRST, args), args) + frames_records('counts', counts_config(args), args)
 
 def collect(args):
     "Everything that is finished, read from disk."
@@ -194,7 +195,7 @@ def save(args):
     args = argparse.Namespace(**vars(args) | dict(seeds=SEEDS, labels=None))
     found = collect(args)
     out = summary(found, costs(args))
-    out[0]['machine'] = machine() | dict(jobs=args.jobs)
+    out[0]['machine'] = machine(args.jobs) | dict(jobs=args.jobs)
     if args.json:
         write(args.json, out)
         figure(found, Path(args.json).with_suffix('.svg'))
@@ -224,7 +225,7 @@ def study(args):
     labels = args.labels or config_of(FIRST, args).finetune.labels
     tunings = lambda arm: [Task('finetune', arm, n, s) for s in args.seeds for n in labels]
     tasks = [Task('frames'), *(Task('pretrain', arm) for arm in args.arms), *(tunings('from scratch') if FIRST in args.arms else [])]
-    stores(config_of(FIRST, args))                      # prepared once, before many ask for it
+    for cfg in (config_of(FIRST, args), counts_config(args)): prepared(cfg)     # once, before many ask for it
     ended = []
     def then(task, _):
         ended.append(task)
@@ -250,6 +251,6 @@ def main():
     if OTHERS in args.arms and not args.others: args.arms.remove(OTHERS)
     if not args.collect: study(args)
     out = save(args)
-    print(table([r for r in out if r['kind']!='draw'])); print(machine())
+    print(table([r for r in out if r['kind']!='draw'])); print(machine(args.jobs))
 
 if __name__=='__main__': main()

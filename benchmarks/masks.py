@@ -88,6 +88,6 @@ def main():
         elif args.json: write(args.json, records(results(args), args))
     side_by_side(partial(do, args), tasks, then, args.jobs, lambda t: f'{t[0]}, seed {t[1]}')
     out = records(results(args), args)
-    print(table(out)); print(machine())
+    print(table(out)); print(machine(args.jobs))
 
 if __name__=='__main__': main()

@@ -48,7 +48,7 @@ def split_list(args):
     names = [line for line in (CONFIGS/'splits/nmnist_800.txt').read_text().split() if line.startswith('train/')]
     lines = [('val' if k%3==2 else 'train') + name[5:] for k,name in enumerate(names)]
     (out := Path(args.runs)/'recipes/split.txt').parent.mkdir(parents=True, exist_ok=True)
-    out.write_text('\n'.join(lines)+'\n')
+    if not out.is_file(): out.write_text('\n'.join(lines)+'\n')      # by the first process, before there are others
     return out
 
 def config_of(name, words, args):
@@ -98,7 +98,8 @@ def main():
     key = lambda r: tuple(r.get(k) for k in ('part','what','n_labels','steps'))
     prepared(config_of('first', [], args))              # once, before many ask for it
     def keep(task, row):
-        rows[:] = [r for r in rows if key(r)!=key(row)]+[row]
+        order = [*SCRATCH, *SHAPES]
+        rows[:] = sorted([r for r in rows if key(r)!=key(row)]+[row], key=lambda r: (r['part'], order.index(r['what'])) if r.get('part') in ('scratch','shape') and r['what'] in order else ('', 0))
         write(file, rows); print(row, flush=True)
     search = lambda tasks: side_by_side(partial(do, args), tasks, keep, args.jobs, told)
     if args.only!='shape':
@@ -106,6 +107,6 @@ def main():
         best = max((r for r in rows if r['part']=='scratch' and r['n_labels']==100), key=lambda r: r['accuracy'])['what']
         search([('scratch', best, n, steps) for n in (50,'all') for steps in LENGTHS[n]])
     if args.only!='scratch': search([('shape', what, '', '') for what in SHAPES])
-    print(machine())
+    print(machine(args.jobs))
 
 if __name__=='__main__': main()

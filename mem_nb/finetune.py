@@ -256,7 +256,7 @@ def finetune_one(
 def pretraining_store(cfg):
     "The store of the recordings that the encoder was pretrained on: this run's, another run's; None where nobody noted it."
     if not cfg.finetune.checkpoint and not cfg.pretrain.skip: return store_path(cfg)
-    conf = pretrained_path(cfg).parents[1]/'run.conf'
+    conf = pretrained_path(cfg).absolute().parents[1]/'run.conf'
     if not conf.is_file(): return None
     other = load_config(conf)
     return store_path(other) if (store_path(other)/'sources.jsonl').is_file() else None

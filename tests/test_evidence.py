@@ -43,3 +43,15 @@ def test_what_was_published_follows_from_its_draws(evidence):
     for k in (k for k in kept if k['kind']=='difference'):
         d = evidence.difference(found, k['a'], k['b'], k['n_labels'])
         assert d['mean']==pytest.approx(k['mean']) and d['low']==pytest.approx(k['low'])
+
+def test_tasks_are_done_side_by_side_and_may_ask_for_more(evidence, monkeypatch):
+    from math import sqrt
+    monkeypatch.syspath_prepend(BENCHMARKS)        # for the processes, too
+    tasks,found = [16.,9.],{}
+    def then(task, result):
+        found[task] = result
+        if result==4: tasks.append(result)
+    evidence.side_by_side(sqrt, tasks, then, 2)
+    assert found=={16.:4., 9.:3., 4.:2.} and not tasks
+    with pytest.raises(ValueError): evidence.side_by_side(sqrt, [-1.,4.], then, 2)
+    with pytest.raises(ValueError, match='at least one'): evidence.side_by_side(sqrt, [], then, 0)
