@@ -35,7 +35,7 @@ ARMS = {                                    # what pretraining asks; same frames
     'hidden tokens (MEM)':       ['pt_hidden=1', 'pt_contrast=0', 'mae=0']}
 FIRST,OTHERS = next(iter(ARMS)),'two views, other cameras'
 ARMS[OTHERS] = ARMS[FIRST]                  # pretrained on what other cameras saw, finetuned on N-MNIST
-SCRATCH = ['class_min_steps=1200']   # twice as many with few labels; the configuration has its learning rate, and no layer decay
+SCRATCH = ['class_min_steps=1200', 'class_epochs=128', 'class_warmup_epochs=8']   # twice the steps of the others; the configuration has its learning rate and layer decay
 PLAIN = ['representation=histogram', 'frame_fit=crop', 'input_H=32', 'input_W=32']   # frames that throw time away, as before
 SEEDS = [0,1,2,3,4]
 WINDOW = 4000                                # events of a window of another camera, about as many as a recording of N-MNIST has

@@ -25,16 +25,18 @@ from mem_nb.store import EventStore
 CONFIGS = Path(__file__).parents[1]/'configs'
 DRAWS = (0,1)                      # of labels, for what is trained; probes have five
 STEPS = 938                        # of the short pretrainings, a quarter of the recipe's
-SCRATCH = {                        # what is different from scratch's settings in configs/nmnist.conf
-    'rate 1.5e-3':            [],
-    'rate 3e-3':              ['class_scratch_lr=3e-3'],
-    'rate 6e-3':              ['class_scratch_lr=6e-3'],
-    'two blocks':             ['transformer_depth=2'],
-    'layer decay 0.8':        ['class_scratch_layer_decay=0.8'],
-    'mixup 0.4':              ['class_mixup=0.4'],
-    'class token':            ['class token'],
-    'position bias at 0':     ['transformer_position_start=zero'],
-    'rate 0.8e-3':            ['class_scratch_lr=0.8e-3']}
+SCRATCH = {                        # what is different from scratch's settings in configs/nmnist.conf, but for its layer decay, which was found here
+    'rate 1.5e-3':                    [PLAIN := 'class_scratch_layer_decay=1'],
+    'rate 3e-3':                      [PLAIN, 'class_scratch_lr=3e-3'],
+    'rate 6e-3':                      [PLAIN, 'class_scratch_lr=6e-3'],
+    'two blocks':                     [PLAIN, 'transformer_depth=2'],
+    'layer decay 0.8':                [],
+    'mixup 0.4':                      [PLAIN, 'class_mixup=0.4'],
+    'class token':                    [PLAIN, 'class token'],
+    'position bias at 0':             [PLAIN, 'transformer_position_start=zero'],
+    'rate 0.8e-3':                    [PLAIN, 'class_scratch_lr=0.8e-3'],
+    'layer decay 0.8, rate 3e-3':     ['class_scratch_lr=3e-3'],
+    'layer decay 0.65':               ['class_scratch_layer_decay=0.65']}
 LENGTHS = {100:(600,1200,2400), 50:(1200,2400), 'all':(1200,2400)}
 SHAPES = {
     'patches of 4 pixels, 4 blocks':           [],
