@@ -25,8 +25,9 @@ from mem_nb.store import EventStore
 CONFIGS = Path(__file__).parents[1]/'configs'
 DRAWS = (0,1)                      # of labels, for what is trained; probes have five
 STEPS = 938                        # of the short pretrainings, a quarter of the recipe's
+PLAIN = 'class_scratch_layer_decay=1'
 SCRATCH = {                        # what is different from scratch's settings in configs/nmnist.conf, but for its layer decay, which was found here
-    'rate 1.5e-3':                    [PLAIN := 'class_scratch_layer_decay=1'],
+    'rate 1.5e-3':                    [PLAIN],
     'rate 3e-3':                      [PLAIN, 'class_scratch_lr=3e-3'],
     'rate 6e-3':                      [PLAIN, 'class_scratch_lr=6e-3'],
     'two blocks':                     [PLAIN, 'transformer_depth=2'],
@@ -99,9 +100,10 @@ def main():
     rows = json.loads(file.read_text()) if file.is_file() else []
     key = lambda r: tuple(r.get(k) for k in ('part','what','n_labels','steps'))
     prepared(config_of('first', [], args))              # once, before many ask for it
+    order = [*SCRATCH, *SHAPES]                         # rows of other parts stay in front, as they are
+    def place(r): return (r['part'], order.index(r['what'])) if r['part'] in ('scratch','shape') else ('', 0)
     def keep(task, row):
-        order = [*SCRATCH, *SHAPES]
-        rows[:] = sorted([r for r in rows if key(r)!=key(row)]+[row], key=lambda r: (r['part'], order.index(r['what'])) if r.get('part') in ('scratch','shape') and r['what'] in order else ('', 0))
+        rows[:] = sorted([r for r in rows if key(r)!=key(row)]+[row], key=place)
         write(file, rows); print(row, flush=True)
     search = lambda tasks: side_by_side(partial(do, args), tasks, keep, args.jobs, told)
     if args.only!='shape':
