@@ -10,6 +10,7 @@ Nothing is tuned here: the recipes stand in configs/nmnist.conf and in ARMS, and
 import argparse, hashlib, json, shutil
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 from typing import NamedTuple
 import matplotlib.pyplot as plt, numpy as np
 from scipy import stats
@@ -173,6 +174,22 @@ def summary(found, costs):
                 out.append(dict(record(f'{a} minus {o}, {n} labels', d['mean'], 'points'), kind='difference', n_labels=n, a=a, b=o, **d))
     return out + [dict(record(f"{f['method']}, {f['n_labels']} labels, seed {f['seed']}", 100*f['accuracy'], '%'), kind='draw', **f) for f in found]
 
+def clock_file(args): return Path(args.runs)/'evidence/seconds.json'
+
+def clock(args):
+    "Function that writes down the seconds since this call, after those of earlier starts of the same study."
+    kept,began = clock_file(args),perf_counter()
+    before = json.loads(kept.read_text()) if kept.is_file() else []
+    return lambda: write(kept, [*before, round(perf_counter()-began, 1)])
+
+def wall_time(found, args):
+    "The record of how long the study took by the clock; with its goal once all of it is there."
+    if not clock_file(args).is_file(): return []
+    took,whole = json.loads(clock_file(args).read_text()),(len(ARMS)+1)*len(SEEDS)*len(GOALS)
+    done = sum('steps' in f for f in found)
+    name = f"wall time, {len(took)} start{'s'*(len(took)>1)}, {done} of {whole} finetunings"
+    return [dict(record(name, sum(took)/60, 'min', goal=120 if done==whole else None, better='lower'), kind='cost')]
+
 def costs(args):
     "Minutes of training that the logs of the finished parts hold."
     read = lambda folder: json.loads((folder/'log.jsonl').read_text().splitlines()[-1])['seconds']/60 if (folder/'log.jsonl').is_file() else None
@@ -194,7 +211,7 @@ def save(args):
     "Write what is finished, whatever part was asked for: records and figure."
     args = argparse.Namespace(**vars(args) | dict(seeds=SEEDS, labels=None))
     found = collect(args)
-    out = summary(found, costs(args))
+    out = wall_time(found, args) + summary(found, costs(args))
     out[0]['machine'] = machine(args.jobs) | dict(jobs=args.jobs)
     if args.json:
         write(args.json, out)
@@ -225,10 +242,11 @@ def study(args):
     labels = args.labels or config_of(FIRST, args).finetune.labels
     tunings = lambda arm: [Task('finetune', arm, n, s) for s in args.seeds for n in labels]
     tasks = [Task('frames'), *(Task('pretrain', arm) for arm in args.arms), *(tunings('from scratch') if FIRST in args.arms else [])]
+    ended,tick = [],clock(args)
     for cfg in (config_of(FIRST, args), counts_config(args)): prepared(cfg)     # once, before many ask for it
-    ended = []
     def then(task, _):
         ended.append(task)
+        tick()
         if task.step=='pretrain':
             tasks.extend(tunings(task.arm))
             tasks.sort(key=lambda t: (t.step!='pretrain', t.seed))
