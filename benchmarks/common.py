@@ -82,6 +82,7 @@ def side_by_side(
     "Do tasks in `jobs` processes. An error or a signal ends all of them: trainings save their state, and go on when they are asked for again."
     if jobs<1: raise ValueError(f"--jobs {jobs}: at least one")
     os.environ['TQDM_DISABLE'] = '1'                    # the processes' own bars would write over each other
+    os.environ |= dict.fromkeys(('OMP_NUM_THREADS','OPENBLAS_NUM_THREADS'), str(num_threads(jobs)))      # numpy's and scikit-learn's, which read it as they load
     running = {}
     def stop(*_): raise KeyboardInterrupt
     before = signal.signal(signal.SIGTERM, stop)
