@@ -56,7 +56,7 @@ def check_config(
         part = getattr(cfg, section)
         v = getattr(part, f.name)
         if f.name in getattr(part,'choices',{}) and v not in part.choices[f.name]:
-            raise ValueError(f"{where}: {key} = {v!r}; known: {', '.join(part.choices[f.name])}")
+            raise ValueError(f"{where}: {key} = {v!r}; known: {', '.join(map(str, part.choices[f.name]))}")
         if f.name in getattr(part,'positive',()) and not v>0: raise ValueError(f"{where}: {key} = {v} should be above 0")
         if f.name in getattr(part,'unit',()) and not 0<=v<=1: raise ValueError(f"{where}: {key} = {v} should lie in 0…1")
     _check_combinations(cfg, where)

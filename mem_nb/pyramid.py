@@ -21,18 +21,20 @@ from .original import original_encoder, read_original
 
 # %% ../nbs/13e_pyramid.ipynb #3b284246
 class Pyramid(nn.Module):
-    "Four features of one grid to four grids: 4 times as fine, twice, as it is, half."
+    "Four features of one grid to four grids, each half as fine as the one before."
     def __init__(self,
-        width:int,   # channels, D
+        width:int,     # channels, D
+        finest:int=4,  # the first is so many times as fine as the patches: 4, 2 or 1
     ):
         super().__init__()
         up = lambda: nn.ConvTranspose2d(width, width, 2, 2)
-        self.fpn1 = nn.Sequential(up(), nn.BatchNorm2d(width), nn.GELU(), up())
-        self.fpn2 = nn.Sequential(up())
-        self.fpn3,self.fpn4 = nn.Identity(),nn.MaxPool2d(2, 2, ceil_mode=True)   # an odd grid keeps its edge
+        change = {4:lambda: nn.Sequential(up(), nn.BatchNorm2d(width), nn.GELU(), up()), 2:lambda: nn.Sequential(up()), 1:nn.Identity}
+        coarser = lambda by: nn.MaxPool2d(by, by, ceil_mode=True)      # an odd grid keeps its edge
+        self.fpn1,self.fpn2,self.fpn3,self.fpn4 = (change[s]() if s>=1 else coarser(round(1/s)) for s in (finest, finest/2, finest/4, finest/8))
+        self.as_it_is = {4:2, 2:1, 1:0}[finest]                        # which level has the grid of the patches
 
     def forward(self, features):
-        "4 × `(B, D, h, w)` -> `(B, D, 4h, 4w)`, `(B, D, 2h, 2w)`, `(B, D, h, w)`, `(B, D, h/2, w/2)`."
+        "4 × `(B, D, h, w)` -> for `finest = 4`: `(B, D, 4h, 4w)`, `(B, D, 2h, 2w)`, `(B, D, h, w)`, `(B, D, h/2, w/2)`."
         return [f(x) for f,x in zip((self.fpn1,self.fpn2,self.fpn3,self.fpn4), features)]
 
 def to_group_norm(
@@ -80,11 +82,12 @@ class Segmenter(nn.Module):
         norm:str='batch',        # batch or group
         original:bool=False,     # squeeze to 512×512, times 255, polarities swapped
         dropout:float=.1,        # share of a head's channels dropped in training
+        finest:int=4,            # the pyramid's first level is so many times as fine as the patches
     ):
         super().__init__()
         encoder.norm = nn.Identity()              # features are taken before it
         d = encoder.embed_dim
-        self.encoder,self.pyramid,self.decoder = encoder,Pyramid(d),_upernet(d, width)
+        self.encoder,self.pyramid,self.decoder = encoder,Pyramid(d, finest),_upernet(d, width)
         self.head = nn.Sequential(DrawnChannels(width, dropout), nn.Conv2d(width, classes, 1))
         self.aux = nn.Sequential(nn.Conv2d(d, aux_width, 3, padding=1, bias=False), nn.BatchNorm2d(aux_width), nn.ReLU(),
                                  DrawnChannels(aux_width, dropout), nn.Conv2d(aux_width, classes, 1)) if aux_width else None
@@ -107,7 +110,7 @@ class Segmenter(nn.Module):
     def forward_both(self, frames):
         "Logits `(B, n, H, W)` of the main head and of the auxiliary one, which may be None."
         levels,large = self.levels(frames),lambda x: F.interpolate(x, frames.shape[2:], mode='bilinear', align_corners=False)
-        side = None if self.aux is None else large(self.aux(levels[2]))
+        side = None if self.aux is None else large(self.aux(levels[self.pyramid.as_it_is]))
         return large(self.head(self.decoder([frames, frames, *levels]))), side
 
     def forward(self, frames):
@@ -133,7 +136,7 @@ def build_segmenter(
     encoder = build_encoder((512,512) if g.original else cfg.seen_size, cfg.patch, cfg.data.in_chans, e.emb, e.depth, e.heads, e.mlp_ratio, g.dropout,
                             e.init_values, shared_bias=False, abs_pos=cfg.pretrain.pretrained, position_start=e.position_start)
     encoder.set_grad_checkpointing(e.checkpointing)
-    return Segmenter(encoder, g.classes, g.blocks, g.width, g.aux_width if g.aux_weight else 0, g.norm, g.original, g.dropout)
+    return Segmenter(encoder, g.classes, g.blocks, g.width, g.aux_width if g.aux_weight else 0, g.norm, g.original, g.dropout, g.finest)
 
 # %% ../nbs/13e_pyramid.ipynb #1557b1d6
 def pretrained_grid(

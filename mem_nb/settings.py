@@ -234,6 +234,7 @@ class SegmentConfig:
     W:int = 0                    # and width; larger frames are seen window by window, smaller ones padded
     overlap:float = 0.33         # share of a window that its neighbour sees, too
     blocks:tuple = (9,10,11,12)  # four features, after these blocks; the last is the encoder's last
+    finest:int = 4               # the finest of four levels is so many times as fine as the patches: 4, 2 or 1
     width:int = 512              # channels of the decoder
     aux_width:int = 256          # channels of the auxiliary head
     aux_weight:float = 0.4       # weight of its loss; 0: no such head
@@ -262,7 +263,7 @@ class SegmentConfig:
     original:bool = False        # as the original: frames squeezed to 512×512, times 255, polarities swapped
     checkpoint:str = ''          # start from these weights instead of the run's own encoder
 
-    choices = dict(layout=('recordings','dsec','images'), norm=('batch','group'), loss=('ce','focal','dice'))
+    choices = dict(layout=('recordings','dsec','images'), finest=(4,2,1), norm=('batch','group'), loss=('ce','focal','dice'))
     positive = ('classes','window_us','width','aux_width','steps','batch_size','update_freq','lr','power','save_ckpt_freq')
     unit = ('dropout','ema_decay','layer_decay','scratch_layer_decay','flip')
 

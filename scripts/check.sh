@@ -25,5 +25,5 @@ check "the documentation builds, no link is dead, every name is documented" "see
 
 [ -z "$failed" ] || printf '\nNOT GOOD before pytest: %s\n' "$failed"
 printf '\n== pytest\n'
-python -m pytest || exit 1
+OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile || exit 1   # a file stays in one process: its tests share trainings
 [ -z "$failed" ]
