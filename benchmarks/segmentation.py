@@ -1,13 +1,16 @@
 """Segmentation: pretrained against scratch against a UNet with few labelled frames, the step of a ViT-B/16, frames a second.
 
-.venv/bin/python benchmarks/segmentation.py --json benchmarks/segmentation.json
+.venv/bin/python benchmarks/segmentation.py --jobs 2 --json benchmarks/segmentation.json
 """
-import argparse, json, time
+import argparse, time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 import numpy as np, torch
 from torch import nn
-from common import machine, record, table, write
+from tqdm import tqdm
+from common import machine, record, side_by_side, table, write
 from mem_nb.config import load_config, parse_config
 from mem_nb.finetune import run_name
 from mem_nb.labelled import LabelledSet, class_names, labelled
@@ -40,21 +43,36 @@ def unet(cfg, train, val, labels, seed, lr=1e-3):
             validate_every=g.validate_every, desc=f'unet {seed}')
     return dict(method='unet', labels=str(labels), n_labels=len(chosen), seed=seed, seconds=m['seconds'], **{k[4:]:v for k,v in m.items() if k.startswith('val_')})
 
-def study(cfg):
-    "All three at every seed; records, and seconds of each step."
-    began = time.time()
-    for step in ('prepare','tokenizer','pretrain'): run_step(cfg, step)
-    seconds = dict(before=time.time()-began)
+class Task(NamedTuple):
+    "A training that one process does."
+    method: str      # 'before' (tokenizer and pretraining), 'pretrained', 'scratch' or 'unet'
+    labels: object = ''
+    seed: int = 0
+    def __str__(self): return self.method if self.method=='before' else f'{self.method} seed {self.seed}'
+
+def do(conf, words, task):
+    "What a task asks for; the record of a segmentation."
+    cfg = load_config(conf, words)
+    if task.method=='before':
+        for step in ('tokenizer','pretrain'): run_step(cfg, step)
+        return None
     folder = labelled(cfg)
     train,val = LabelledSet(folder),LabelledSet(folder, 'val')
-    rows = []
-    for s in cfg.segment.seeds:
-        for n in cfg.segment.labels:
-            for r in (segment_one(cfg, train, val, 'pretrained', n, s), segment_one(cfg, train, val, 'scratch', n, s), unet(cfg, train, val, n, s)):
-                rows.append(r); print(f"{r['method']:11s} seed {s}: mIoU {r['miou']:.3f}, accuracy {r['accuracy']:.3f}, boundary F {r['boundary_f']:.3f}, {r['seconds']:.0f} s", flush=True)
-    return rows, seconds, val
+    return unet(cfg, train, val, task.labels, task.seed) if task.method=='unet' else segment_one(cfg, train, val, task.method, task.labels, task.seed)
 
-def study_records(cfg, rows, val):
+def study(conf, words, jobs):
+    "All three at every seed, `jobs` trainings at once; records. What needs no pretraining is done beside it."
+    began,cfg,rows = time.time(),load_config(conf, words),[]
+    run_step(cfg, 'prepare'); labelled(cfg)
+    tunings = lambda method: [Task(method, n, s) for s in cfg.segment.seeds for n in cfg.segment.labels]
+    tasks = [Task('before'), *tunings('unet'), *tunings('scratch')]
+    def then(task, r):
+        if task.method=='before': tasks[:0] = tunings('pretrained'); return
+        rows.append(r); tqdm.write(f"{r['method']:11s} seed {r['seed']}: mIoU {r['miou']:.3f}, accuracy {r['accuracy']:.3f}, boundary F {r['boundary_f']:.3f}, {r['seconds']:.0f} s")
+    side_by_side(partial(do, conf, words), tasks, then, jobs)
+    return rows, (time.time()-began)/60
+
+def study_records(cfg, rows, minutes):
     "What the study says."
     mean = lambda m,k='miou': 100*float(np.mean([r[k] for r in rows if r['method']==m]))
     n,seeds = cfg.segment.labels[0],len(cfg.segment.seeds)
@@ -62,8 +80,7 @@ def study_records(cfg, rows, val):
     gain = record(f'scenes, mIoU gained by pretraining over scratch, {said}', mean('pretrained')-mean('scratch'), 'points', goal=8.)
     best = record(f'scenes, mIoU pretrained (baseline: UNet ResNet-18 from scratch), {said}', mean('pretrained'), '%', baseline=mean('unet'), goal=mean('unet'))
     rest = [record(f'scenes, {what} {m}, {said}', mean(m, k), '%') for m in ('pretrained','scratch','unet') for k,what in (('miou','mIoU'),('boundary_f','boundary F'))]
-    minutes = sum(r['seconds'] for r in rows if r['method']!='unet')/60
-    return [gain, best, *rest, record('scenes, training of all segmentations but the UNets', minutes, 'minutes', better='lower')]
+    return [gain, best, *rest, record('scenes, the study from films to figures, wall time of this start', minutes, 'minutes', goal=15., better='lower')]
 
 def ceiling(seconds=1.):
     "Matrix products a second that this machine does now, in GFLOP/s."
@@ -118,13 +135,14 @@ def speed_records(cfg):
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('--json'); p.add_argument('--conf', default=str(ROOT/'configs'/'scenes.conf')); p.add_argument('--parts', default='study,base,speed')
+    p.add_argument('--jobs', type=int, default=1, help='trainings of the study at once')
     p.add_argument('overrides', nargs='*')
     a = p.parse_args()
     cfg,records = load_config(a.conf, a.overrides),[]
     if 'study' in a.parts:
-        rows,_,val = study(cfg)
-        records += study_records(cfg, rows, val)
+        rows,minutes = study(a.conf, a.overrides, a.jobs)
+        records += study_records(cfg, rows, minutes)
     if 'base' in a.parts: records += base_records()
     if 'speed' in a.parts: records += speed_records(cfg)
-    print(table(records)); print(machine())
+    print(table(records)); print(machine(a.jobs if a.parts=='study' else 0))
     if a.json: write(a.json, records)
