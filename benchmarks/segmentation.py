@@ -31,8 +31,8 @@ class UNet(nn.Module):
     def forward_both(self, frames): return self.net(frames), None
     def forward(self, frames): return self.net(frames)
 
-def unet(cfg, train, val, labels, seed, lr=1e-3):
-    "As `segment_one`, with a UNet: same frames, augmentation, schedule, steps."
+def unet(cfg, train, val, labels, seed, lr=2e-3):
+    "As `segment_one`, with a UNet: same frames, augmentation, schedule, steps. Its rate was searched as the others' was (5e-4, 1e-3, 2e-3, 4e-3)."
     g = cfg.segment
     chosen = frame_subset(len(train), labels, seed)
     torch.manual_seed(seed)
