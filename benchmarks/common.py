@@ -1,10 +1,12 @@
 "What all benchmarks share: a record, the machine, and the file they are written to."
-import os, platform, signal
+import json, os, platform, signal
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from datetime import date
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from threading import Thread
+from time import perf_counter
+from unittest.mock import patch
 import torch
 from tqdm import tqdm
 from mem_nb.train import write_json
@@ -66,6 +68,35 @@ def table(
     head = ['what', 'measured', 'baseline', 'ratio', 'goal', 'met']
     return '\n'.join('| ' + ' | '.join(row) + ' |' for row in [head, ['---']*6, *cells])
 
+def clock(
+    kept:Path,    # JSON file, a record a start
+    jobs:int,     # tasks at once
+    before:int,   # trainings that were finished before this start
+):                # function that writes down how long this start has taken
+    "The wall time of a study that may be stopped and gone on with: what earlier starts took stays."
+    earlier,began = starts(kept),perf_counter()
+    own = machine(jobs) | dict(jobs=jobs, before=before)
+    return lambda: write(kept, [*earlier, own | dict(seconds=round(perf_counter()-began, 1))])
+
+def starts(
+    kept:Path,  # from `clock`
+) -> list:      # of records, one a start
+    "How long each start of a study took, and on which machine."
+    return json.loads(kept.read_text()) if kept.is_file() else []
+
+def wall_time(
+    kept:Path,     # from `clock`
+    what:str,      # name of the study
+    goal:float,    # minutes
+    done:int,      # trainings that are finished
+    whole:int,     # trainings of the whole study
+) -> list:         # with one record, or empty; the goal is asked where everything is there, and was made under this clock
+    "How long a study took by the clock."
+    if not (found := starts(kept)): return []
+    whole_of_it = done==whole and found[0]['before']==0
+    name = f"{what}: wall time, {len(found)} start{'s'*(len(found)>1)}, {done} of {whole} trainings"
+    return [record(name, sum(s['seconds'] for s in found)/60, 'min', goal=goal if whole_of_it else None, better='lower')]
+
 def _worker(threads):
     "Take a share of the cores, and end as for a signal where the parent is gone, however that came."
     def follow(): parent_process().join(); os.kill(os.getpid(), signal.SIGTERM)
@@ -81,13 +112,14 @@ def side_by_side(
 ):
     "Do tasks in `jobs` processes. An error or a signal ends all of them: trainings save their state, and go on when they are asked for again."
     if jobs<1: raise ValueError(f"--jobs {jobs}: at least one")
-    os.environ['TQDM_DISABLE'] = '1'                    # the processes' own bars would write over each other
-    os.environ |= dict.fromkeys(('OMP_NUM_THREADS','OPENBLAS_NUM_THREADS'), str(num_threads(jobs)))      # numpy's and scikit-learn's, which read it as they load
+    theirs = dict.fromkeys(('OMP_NUM_THREADS','OPENBLAS_NUM_THREADS'), str(num_threads(jobs)))   # numpy's, scikit-learn's
+    theirs['TQDM_DISABLE'] = '1'                        # the processes' own bars would write over each other
     running = {}
     def stop(*_): raise KeyboardInterrupt
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        with ProcessPoolExecutor(jobs, get_context('spawn'), _worker, (num_threads(jobs),)) as pool, tqdm(unit='task') as bar:
+        with (tqdm(unit='task') as bar, patch.dict(os.environ, theirs),
+              ProcessPoolExecutor(jobs, get_context('spawn'), _worker, (num_threads(jobs),)) as pool):
             try:
                 while tasks or running:
                     while tasks and len(running)<jobs:

@@ -10,11 +10,10 @@ Nothing is tuned here: the recipes stand in configs/nmnist.conf and in ARMS, and
 import argparse, hashlib, json, shutil
 from functools import partial
 from pathlib import Path
-from time import perf_counter
 from typing import NamedTuple
 import matplotlib.pyplot as plt, numpy as np
 from scipy import stats
-from common import machine, record, side_by_side, table, write
+from common import clock, machine, record, side_by_side, starts, table, wall_time, write
 from mem_nb.config import load_config
 from mem_nb.data import all_frames
 from mem_nb.datasets import SUFFIXES, prepared
@@ -154,8 +153,10 @@ def difference(found, a, b, n):
 def means(found):
     "Mean and spread over the draws for each method and budget, best first."
     groups = {}
-    for f in found: groups.setdefault((f['n_labels'], f['method']), []).append(100*f['accuracy'])
-    rows = [dict(n_labels=n, method=m, mean=float(np.mean(a)), std=float(np.std(a, ddof=1)) if len(a)>1 else None, draws=len(a)) for (n,m),a in groups.items()]
+    for f in found:      # where all labels are taken, every draw is the same, and only trainings differ
+        groups.setdefault((f['n_labels'], f['method']), {})[f['subset_hash'], f['seed']*('steps' in f)] = 100*f['accuracy']
+    rows = [dict(n_labels=n, method=m, mean=float(np.mean(a)), std=float(np.std(a, ddof=1)) if len(a)>1 else None, draws=len(a))
+            for (n,m),each in groups.items() for a in [list(each.values())]]
     return sorted(rows, key=lambda r: (r['n_labels'], -r['mean']))
 
 def summary(found, costs):
@@ -168,27 +169,14 @@ def summary(found, costs):
         base = best[r['n_labels']]['mean'] if r['method'] in (*ARMS,'from scratch') or ', ' in r['method'] else None
         out.append(dict(record(f"{r['method']}, {r['n_labels']} labels, mean of {r['draws']}", r['mean'], '%', base, goal), kind='mean', **r))
     for n,b in sorted(best.items()):
-        others = [(a,o) for a in ARMS for o in ('from scratch',b['method'])] + [(f'{p}, {FIRST}',b['method']) for p in ('knn','linear probe')]
+        others = [(a,o) for a in ARMS for o in ('from scratch',b['method'])] + [(f'{p}, {FIRST}',b['method']) for p in ('knn','linear probe')] \
+            + [(f'linear probe, {OTHERS}',o) for o in ('from scratch',b['method'])]
         for a,o in others:
             if d := difference(found, a, o, n):
                 out.append(dict(record(f'{a} minus {o}, {n} labels', d['mean'], 'points'), kind='difference', n_labels=n, a=a, b=o, **d))
     return out + [dict(record(f"{f['method']}, {f['n_labels']} labels, seed {f['seed']}", 100*f['accuracy'], '%'), kind='draw', **f) for f in found]
 
-def clock_file(args): return Path(args.runs)/'evidence/seconds.json'
-
-def clock(args):
-    "Function that writes down the seconds since this call, after those of earlier starts of the same study."
-    kept,began = clock_file(args),perf_counter()
-    before = json.loads(kept.read_text()) if kept.is_file() else []
-    return lambda: write(kept, [*before, round(perf_counter()-began, 1)])
-
-def wall_time(found, args):
-    "The record of how long the study took by the clock; with its goal once all of it is there."
-    if not clock_file(args).is_file(): return []
-    took,whole = json.loads(clock_file(args).read_text()),(len(ARMS)+1)*len(SEEDS)*len(GOALS)
-    done = sum('steps' in f for f in found)
-    name = f"wall time, {len(took)} start{'s'*(len(took)>1)}, {done} of {whole} finetunings"
-    return [dict(record(name, sum(took)/60, 'min', goal=120 if done==whole else None, better='lower'), kind='cost')]
+def clock_file(args): return Path(args.runs)/'evidence/starts.json'
 
 def costs(args):
     "Minutes of training that the logs of the finished parts hold."
@@ -211,8 +199,10 @@ def save(args):
     "Write what is finished, whatever part was asked for: records and figure."
     args = argparse.Namespace(**vars(args) | dict(seeds=SEEDS, labels=None))
     found = collect(args)
-    out = wall_time(found, args) + summary(found, costs(args))
-    out[0]['machine'] = machine(args.jobs) | dict(jobs=args.jobs)
+    kept,trained = clock_file(args),sum('steps' in f for f in found)
+    took = wall_time(kept, 'the study', 120, trained, (len(ARMS)+bool(args.others))*len(SEEDS)*len(GOALS))
+    out = [dict(r, kind='cost') for r in took] + summary(found, costs(args))
+    out[0]['machine'] = (starts(kept) or [machine(args.jobs)])[-1]
     if args.json:
         write(args.json, out)
         figure(found, Path(args.json).with_suffix('.svg'))
@@ -242,7 +232,7 @@ def study(args):
     labels = args.labels or config_of(FIRST, args).finetune.labels
     tunings = lambda arm: [Task('finetune', arm, n, s) for s in args.seeds for n in labels]
     tasks = [Task('frames'), *(Task('pretrain', arm) for arm in args.arms), *(tunings('from scratch') if FIRST in args.arms else [])]
-    ended,tick = [],clock(args)
+    tick,ended = clock(clock_file(args), args.jobs, len(list(Path(args.runs).glob('evidence/*/finetune/*/final.safetensors')))),[]
     for cfg in (config_of(FIRST, args), counts_config(args)): prepared(cfg)     # once, before many ask for it
     def then(task, _):
         ended.append(task)
@@ -251,7 +241,8 @@ def study(args):
             tasks.extend(tunings(task.arm))
             tasks.sort(key=lambda t: (t.step!='pretrain', t.seed))
         if len(ended)%10==0: save(args)
-    side_by_side(partial(do, args), tasks, then, args.jobs)
+    try: side_by_side(partial(do, args), tasks, then, args.jobs)
+    finally: tick()
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

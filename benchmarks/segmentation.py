@@ -1,6 +1,8 @@
 """Segmentation: pretrained against scratch against a UNet with few labelled frames, the step of a ViT-B/16, frames a second.
 
 .venv/bin/python benchmarks/segmentation.py --jobs 2 --json benchmarks/segmentation.json
+
+The study stopped at any moment goes on with the same command; `--parts base,speed` are timings, to be run with nothing beside them.
 """
 import argparse, time
 from dataclasses import replace
@@ -10,7 +12,7 @@ from typing import NamedTuple
 import numpy as np, torch
 from torch import nn
 from tqdm import tqdm
-from common import machine, record, side_by_side, table, write
+from common import clock, machine, record, side_by_side, table, wall_time, write
 from mem_nb.config import load_config, parse_config
 from mem_nb.finetune import run_name
 from mem_nb.labelled import LabelledSet, class_names, labelled
@@ -48,7 +50,7 @@ class Task(NamedTuple):
     method: str      # 'before' (tokenizer and pretraining), 'pretrained', 'scratch' or 'unet'
     labels: object = ''
     seed: int = 0
-    def __str__(self): return self.method if self.method=='before' else f'{self.method} seed {self.seed}'
+    def __str__(self): return self.method if self.method=='before' else f'{self.method} {self.labels} seed {self.seed}'
 
 def do(conf, words, task):
     "What a task asks for; the record of a segmentation."
@@ -61,26 +63,30 @@ def do(conf, words, task):
     return unet(cfg, train, val, task.labels, task.seed) if task.method=='unet' else segment_one(cfg, train, val, task.method, task.labels, task.seed)
 
 def study(conf, words, jobs):
-    "All three at every seed, `jobs` trainings at once; records. What needs no pretraining is done beside it."
-    began,cfg,rows = time.time(),load_config(conf, words),[]
+    "All three at every seed, `jobs` trainings at once; rows, and the record of the time. What needs no pretraining is done beside it."
+    cfg,rows = load_config(conf, words),[]
+    tick = clock(kept := cfg.folder/'starts.json', jobs, len(list(cfg.folder.glob('segment/*/final.safetensors'))))
     run_step(cfg, 'prepare'); labelled(cfg)
     tunings = lambda method: [Task(method, n, s) for s in cfg.segment.seeds for n in cfg.segment.labels]
     tasks = [Task('before'), *tunings('unet'), *tunings('scratch')]
     def then(task, r):
+        tick()
         if task.method=='before': tasks[:0] = tunings('pretrained'); return
         rows.append(r); tqdm.write(f"{r['method']:11s} seed {r['seed']}: mIoU {r['miou']:.3f}, accuracy {r['accuracy']:.3f}, boundary F {r['boundary_f']:.3f}, {r['seconds']:.0f} s")
-    side_by_side(partial(do, conf, words), tasks, then, jobs)
-    return rows, (time.time()-began)/60
+    whole = 3*len(cfg.segment.seeds)*len(cfg.segment.labels)
+    try: side_by_side(partial(do, conf, words), tasks, then, jobs)
+    finally: tick()
+    return rows, wall_time(kept, 'scenes, films to trainings', 15, len(rows), whole)
 
-def study_records(cfg, rows, minutes):
-    "What the study says."
-    mean = lambda m,k='miou': 100*float(np.mean([r[k] for r in rows if r['method']==m]))
+def study_records(cfg, rows):
+    "What the study says of the first number of labels."
     n,seeds = cfg.segment.labels[0],len(cfg.segment.seeds)
+    mean = lambda m,k='miou': 100*float(np.mean([r[k] for r in rows if r['method']==m and r['labels']==str(n)]))
     said = f'{n} labelled frames, mean of {seeds} seed{"s"*(seeds>1)}'
     gain = record(f'scenes, mIoU gained by pretraining over scratch, {said}', mean('pretrained')-mean('scratch'), 'points', goal=8.)
     best = record(f'scenes, mIoU pretrained (baseline: UNet ResNet-18 from scratch), {said}', mean('pretrained'), '%', baseline=mean('unet'), goal=mean('unet'))
     rest = [record(f'scenes, {what} {m}, {said}', mean(m, k), '%') for m in ('pretrained','scratch','unet') for k,what in (('miou','mIoU'),('boundary_f','boundary F'))]
-    return [gain, best, *rest, record('scenes, the study from films to figures, wall time of this start', minutes, 'minutes', goal=15., better='lower')]
+    return [gain, best, *rest]
 
 def ceiling(seconds=1.):
     "Matrix products a second that this machine does now, in GFLOP/s."
@@ -138,11 +144,11 @@ if __name__=='__main__':
     p.add_argument('--jobs', type=int, default=1, help='trainings of the study at once')
     p.add_argument('overrides', nargs='*')
     a = p.parse_args()
-    cfg,records = load_config(a.conf, a.overrides),[]
-    if 'study' in a.parts:
-        rows,minutes = study(a.conf, a.overrides, a.jobs)
-        records += study_records(cfg, rows, minutes)
-    if 'base' in a.parts: records += base_records()
-    if 'speed' in a.parts: records += speed_records(cfg)
-    print(table(records)); print(machine(a.jobs if a.parts=='study' else 0))
+    cfg,records,parts = load_config(a.conf, a.overrides),[],a.parts.split(',')
+    if 'study' in parts:
+        rows,took = study(a.conf, a.overrides, a.jobs)
+        records += study_records(cfg, rows) + took
+    if 'base' in parts: records += base_records()
+    if 'speed' in parts: records += speed_records(cfg)
+    print(table(records)); print('the study:', machine(a.jobs)) if 'study' in parts else None; print(machine())
     if a.json: write(a.json, records)

@@ -78,6 +78,7 @@ def _check_combinations(cfg, where):
         (all(s%cfg.patch==0 for s in seen), f"seg_H and seg_W, {seen[0]} and {seen[1]}, should be multiples of the patch, {cfg.patch} pixels"),
         (not g.methods or len(g.blocks)==4 and whole(*g.blocks) and 0<g.blocks[0]<=g.blocks[1]<=g.blocks[2]<=g.blocks[3]==e.depth,
          f"seg_blocks = {' '.join(map(str, g.blocks))} should be four ascending numbers of blocks, the last of them transformer_depth = {e.depth}"),
+        (not g.original or g.finest==4, f"seg_finest = {g.finest}, but seg_original = 1 has 4, as the original"),
         (g.classes<=g.ignore<256, f"seg_ignore = {g.ignore} should lie in {g.classes}…255: above the classes, and within a byte"),
         (0<=g.overlap<1 and 0<=g.magnitude<=30 and g.rand_ops>=0, "seg_overlap should lie in 0…1, below 1; seg_magnitude in 0…30; seg_rand_ops be 0 or more"),
         (not g.names or len(g.names)==g.classes, f"seg_names has {len(g.names)} words for {g.classes} classes"),

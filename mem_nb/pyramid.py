@@ -28,13 +28,14 @@ class Pyramid(nn.Module):
     ):
         super().__init__()
         up = lambda: nn.ConvTranspose2d(width, width, 2, 2)
-        change = {4:lambda: nn.Sequential(up(), nn.BatchNorm2d(width), nn.GELU(), up()), 2:lambda: nn.Sequential(up()), 1:nn.Identity}
-        coarser = lambda by: nn.MaxPool2d(by, by, ceil_mode=True)      # an odd grid keeps its edge
-        self.fpn1,self.fpn2,self.fpn3,self.fpn4 = (change[s]() if s>=1 else coarser(round(1/s)) for s in (finest, finest/2, finest/4, finest/8))
-        self.as_it_is = {4:2, 2:1, 1:0}[finest]                        # which level has the grid of the patches
+        finer = [lambda: nn.Sequential(up(), nn.BatchNorm2d(width), nn.GELU(), up()), lambda: nn.Sequential(up())]
+        coarser = [lambda by=by: nn.MaxPool2d(by, by, ceil_mode=True) for by in (2,4,8)]      # an odd grid keeps its edge
+        self.own_level = (1,2,4).index(finest)                         # the level with the grid of the patches
+        steps = [*finer[2-self.own_level:], nn.Identity, *coarser]
+        self.fpn1,self.fpn2,self.fpn3,self.fpn4 = (make() for make in steps[:4])
 
     def forward(self, features):
-        "4 × `(B, D, h, w)` -> for `finest = 4`: `(B, D, 4h, 4w)`, `(B, D, 2h, 2w)`, `(B, D, h, w)`, `(B, D, h/2, w/2)`."
+        "4 × `(B, D, h, w)` -> `(B, D, finest·h, finest·w)`, then half of that, a quarter, an eighth."
         return [f(x) for f,x in zip((self.fpn1,self.fpn2,self.fpn3,self.fpn4), features)]
 
 def to_group_norm(
@@ -110,7 +111,7 @@ class Segmenter(nn.Module):
     def forward_both(self, frames):
         "Logits `(B, n, H, W)` of the main head and of the auxiliary one, which may be None."
         levels,large = self.levels(frames),lambda x: F.interpolate(x, frames.shape[2:], mode='bilinear', align_corners=False)
-        side = None if self.aux is None else large(self.aux(levels[self.pyramid.as_it_is]))
+        side = None if self.aux is None else large(self.aux(levels[self.pyramid.own_level]))
         return large(self.head(self.decoder([frames, frames, *levels]))), side
 
     def forward(self, frames):

@@ -69,10 +69,21 @@ def shared():
     if not SHARED.is_dir(): pytest.skip('no folder shared/ beside the project')
     return SHARED
 
+def damaged_counts():
+    "What test_fuzz has counted in this process."
+    import sys
+    return {name:dict(c) for name,c in getattr(sys.modules.get('test_fuzz'), 'COUNTS', {}).items() if c}
+
+FROM_WORKERS = {}      # the same, of the processes of pytest-xdist
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, 'workeroutput'): session.config.workeroutput['damaged'] = damaged_counts()
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error): FROM_WORKERS.update(getattr(node, 'workeroutput', {}).get('damaged', {}))
+
 def pytest_terminal_summary(terminalreporter):
     "How many damaged files were decoded and refused, by format."
-    import sys
-    counts = getattr(sys.modules.get('test_fuzz'), 'COUNTS', {})
-    if any(counts.values()): terminalreporter.section('damaged files')
-    for name,c in counts.items():
-        if c: terminalreporter.write_line(f"{name:7s} {c['decoded']:5d} decoded {c['refused']:5d} refused")
+    counts = FROM_WORKERS | damaged_counts()
+    if counts: terminalreporter.section('damaged files')
+    for name,c in counts.items(): terminalreporter.write_line(f"{name:7s} {c.get('decoded', 0):5d} decoded {c.get('refused', 0):5d} refused")

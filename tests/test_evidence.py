@@ -55,3 +55,31 @@ def test_tasks_are_done_side_by_side_and_may_ask_for_more(evidence, monkeypatch)
     assert found=={16.:4., 9.:3., 4.:2.} and not tasks
     with pytest.raises(ValueError): evidence.side_by_side(sqrt, [-1.,4.], then, 2)
     with pytest.raises(ValueError, match='at least one'): evidence.side_by_side(sqrt, [], then, 0)
+
+def test_wall_time_is_that_of_all_starts_and_has_a_goal_where_nothing_was_there_before(evidence, tmp_path):
+    import common
+    kept = tmp_path/'starts.json'
+    assert common.wall_time(kept, 'it', 2, 1, 1)==[]                              # nothing was timed
+    first = common.clock(kept, 1, 0); first(); first()
+    common.clock(kept, 2, 1)()
+    both = common.starts(kept)
+    assert [s['jobs'] for s in both]==[1,2] and [s['before'] for s in both]==[0,1] and all(s['seconds']>=0 and s['cpu'] for s in both)
+    common.write(kept, [dict(s, seconds=30.) for s in both])
+    said, = common.wall_time(kept, 'it', 2, 3, 3)
+    assert said['value']==1 and said['goal']==2 and said['met'] and said['name']=='it: wall time, 2 starts, 3 of 3 trainings'
+    assert common.wall_time(kept, 'it', 2, 2, 3)[0]['goal'] is None               # not finished
+    common.write(kept, both[1:])
+    assert common.wall_time(kept, 'it', 2, 3, 3)[0]['goal'] is None               # some was made before anyone looked at the clock
+
+def test_the_environment_is_given_back(evidence, monkeypatch):
+    import os
+    from math import sqrt
+    monkeypatch.syspath_prepend(BENCHMARKS); monkeypatch.setenv('OMP_NUM_THREADS', '7'); monkeypatch.delenv('TQDM_DISABLE', raising=False)
+    seen = {}
+    evidence.side_by_side(os.getenv, ['OMP_NUM_THREADS','TQDM_DISABLE'], seen.__setitem__, 2)
+    assert seen=={'OMP_NUM_THREADS':str(evidence.side_by_side.__globals__['num_threads'](2)), 'TQDM_DISABLE':'1'}
+    assert os.environ['OMP_NUM_THREADS']=='7' and 'TQDM_DISABLE' not in os.environ
+
+def test_one_fit_counts_once(evidence):
+    same = [dict(d, subset_hash='h') for d in draws('svm on frames', [.9,.9,.9], 600)]
+    assert [r['draws'] for r in evidence.means(same)]==[1] and [r['draws'] for r in evidence.means([dict(d, steps=1) for d in same])]==[3]
