@@ -4,7 +4,7 @@ python benchmarks/recipes.py --data <folder with Train/<digit>/<id>.bin> --json 
 
 Two tables: training from scratch (rate, length, and what else might help), and the shape of the encoder (patch, depth, class token) under a short pretraining.
 All else is configs/nmnist.conf; the recordings that benchmarks/evidence.py reports on are not read. The rows of other parts, from trials done by
-hand, stay in the file as they are. Stop it at any moment; the same command goes on, and finished rows are kept.
+hand, stay in the file as they are. Stop it at any moment; the same command goes on. A row that the file has is not made again; for that, name another file.
 """
 import argparse, json
 from functools import partial
@@ -12,11 +12,11 @@ from pathlib import Path
 from unittest.mock import patch
 import numpy as np
 from common import machine, side_by_side, write
-from mem_nb import finetune as finetuning
+from mem_nb import encoder as encoders
 from mem_nb.config import load_config
 from mem_nb.data import num_steps
 from mem_nb.datasets import prepared
-from mem_nb.encoder import config_encoder
+from mem_nb.encoder import build_encoder
 from mem_nb.finetune import finetune_one
 from mem_nb.pretrain import pretrain
 from mem_nb.protocols import pretrained_encoder, simple_records
@@ -64,8 +64,8 @@ def from_scratch(what, words, n, steps, args):
     cfg = config_of(f"scratch_{list(SCRATCH).index(what)}_{steps}", [*words, f'class_min_steps={steps}'], args)
     train,val = (EventStore(prepared(cfg), part) for part in ('train','val'))
     if num_steps(len(train) if n=='all' else n, cfg.finetune.epochs, cfg.finetune.batch_size)>steps: raise ValueError(f'{n} labels have more than {steps} steps')
-    token = patch.object(finetuning, 'config_encoder', partial(config_encoder, global_pool='token')) if 'class token' in words else patch.object(finetuning, 'config_encoder', config_encoder)
-    with token: found = [finetune_one(cfg, train, val, 'scratch', n, s) for s in DRAWS]
+    pool = 'token' if 'class token' in words else 'avg'
+    with patch.object(encoders, 'build_encoder', partial(build_encoder, global_pool=pool)): found = [finetune_one(cfg, train, val, 'scratch', n, s) for s in DRAWS]
     return dict(part='scratch', what=what, n_labels=found[0]['n_labels'], steps=steps, accuracy=100*float(np.mean([f['accuracy'] for f in found])), draws=len(found),
                 seconds=sum(f['seconds'] for f in found), split_hash=train.split_hash)
 
@@ -73,7 +73,8 @@ def shape(what, words, args):
     "Probes of frozen features, and finetuning with 100 labels, after a short pretraining."
     cfg = config_of(f'shape_{list(SHAPES).index(what)}', words, args)
     train,val = (EventStore(prepared(cfg), part) for part in ('train','val'))
-    cfg.pretrain.epochs = STEPS/num_steps(len(train), 1, cfg.pretrain.batch_size)
+    cfg.pretrain.epochs = STEPS*cfg.pretrain.batch_size/len(train)
+    assert num_steps(len(train), cfg.pretrain.epochs, cfg.pretrain.batch_size)==STEPS
     spent = pretrain(cfg)['seconds']
     cfg.finetune.labels,cfg.finetune.seeds = (50,100,'all'),(0,1,2,3,4)
     found = simple_records(cfg, train, val, pretrained_encoder(cfg), only=('knn on features','linear probe'))
@@ -105,9 +106,11 @@ def main():
     def keep(task, row):
         rows[:] = sorted([r for r in rows if key(r)!=key(row)]+[row], key=place)
         write(file, rows); print(row, flush=True)
-    search = lambda tasks: side_by_side(partial(do, args), tasks, keep, args.jobs, told)
+    known = {(r['part'], r['what'], *((r['n_labels'],r['steps']) if r['part']=='scratch' else ('',''))) for r in rows if r['part'] in ('scratch','shape')}
+    there = lambda part,what,n,steps: (part, what, 400 if n=='all' else n, steps) in known
+    search = lambda tasks: side_by_side(partial(do, args), [t for t in tasks if not there(*t)], keep, args.jobs, told)
     if args.only!='shape':
-        search([('scratch', what, 100, steps) for what in SCRATCH for steps in (LENGTHS[100] if what.startswith('rate') else (1200,))])
+        search(sorted([('scratch', what, 100, steps) for what in SCRATCH for steps in (LENGTHS[100] if what.startswith('rate') else (1200,))], key=lambda t: t[3]!=1200))
         best = max((r for r in rows if r['part']=='scratch' and r['n_labels']==100), key=lambda r: r['accuracy'])['what']
         search([('scratch', best, n, steps) for n in (50,'all') for steps in LENGTHS[n]])
     if args.only!='scratch': search([('shape', what, '', '') for what in SHAPES])
