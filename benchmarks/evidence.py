@@ -26,7 +26,7 @@ from mem_nb.state import weights_hash
 from mem_nb.store import EventStore, split_hash
 from mem_nb.tokenizer import tokenizer
 from mem_nb.train import is_done
-from mem_nb.viz import show_label_curve
+from mem_nb.viz import show_label_curve, style
 
 CONF = Path(__file__).parents[1]/'configs/nmnist.conf'
 ARMS = {                                    # what pretraining asks; same frames, encoder and number of steps
@@ -169,9 +169,8 @@ def summary(found, costs):
         base = best[r['n_labels']]['mean'] if r['method'] in (*ARMS,'from scratch') or ', ' in r['method'] else None
         out.append(dict(record(f"{r['method']}, {r['n_labels']} labels, mean of {r['draws']}", r['mean'], '%', base, goal), kind='mean', **r))
     for n,b in sorted(best.items()):
-        others = [(a,o) for a in ARMS for o in ('from scratch',b['method'])] + [(f'{p}, {FIRST}',b['method']) for p in ('knn','linear probe')] \
-            + [(f'linear probe, {OTHERS}',o) for o in ('from scratch',b['method'])]
-        for a,o in others:
+        asked = [(a,o) for a in (*ARMS, f'linear probe, {OTHERS}') for o in ('from scratch',b['method'])]
+        for a,o in asked + [(f'{p}, {FIRST}',b['method']) for p in ('knn','linear probe')]:
             if d := difference(found, a, o, n):
                 out.append(dict(record(f'{a} minus {o}, {n} labels', d['mean'], 'points'), kind='difference', n_labels=n, a=a, b=o, **d))
     return out + [dict(record(f"{f['method']}, {f['n_labels']} labels, seed {f['seed']}", 100*f['accuracy'], '%'), kind='draw', **f) for f in found]
@@ -184,11 +183,12 @@ def costs(args):
     out = {f'{step}, {arm}':read(folder_of(arm, args)/step) for arm in ARMS if arm!=OTHERS or args.others for step in ('tokenizer','pretrain')}
     return {k:v for k,v in out.items() if v}
 
+@style()
 def figure(found, path):
     "Accuracy against labels."
     show = [FIRST, *[a for a in ARMS if a!=FIRST], 'from scratch', f'linear probe, {FIRST}', 'svm on frames', 'svm on counts']
     fig,ax = plt.subplots(figsize=(8.6,4), layout='constrained')
-    show_label_curve([f for m in show for f in found if f['method']==m], ax=ax, title=f"Real N-MNIST, 200 held-out recordings, split {found[0]['split_hash']}: mean ± std over draws")
+    show_label_curve([f for m in show for f in found if f['method']==m], ax=ax, title=f"Real N-MNIST, 200 held-out recordings (split {found[0]['split_hash']})\nmean ± std over draws")
     for line in ax.lines:
         if line.get_label() not in (*ARMS,'from scratch'): line.set(linestyle='--', linewidth=1.2, markersize=3)
     ax.legend(loc='center left', bbox_to_anchor=(1,.5))

@@ -24,6 +24,7 @@ from mem_nb.store import EventStore
 
 CONFIGS = Path(__file__).parents[1]/'configs'
 DRAWS = (0,1)                      # of labels, for what is trained; probes have five
+LEARNED = 400                      # recordings to learn from
 STEPS = 938                        # of the short pretrainings, a quarter of the recipe's
 PLAIN = 'class_scratch_layer_decay=1'
 SCRATCH = {                        # what is different from scratch's settings in configs/nmnist.conf, but for its layer decay, which was found here
@@ -106,14 +107,13 @@ def main():
     def keep(task, row):
         rows[:] = sorted([r for r in rows if key(r)!=key(row)]+[row], key=place)
         write(file, rows); print(row, flush=True)
-    known = {(r['part'], r['what'], *((r['n_labels'],r['steps']) if r['part']=='scratch' else ('',''))) for r in rows if r['part'] in ('scratch','shape')}
-    there = lambda part,what,n,steps: (part, what, 400 if n=='all' else n, steps) in known
+    there = lambda part,what,n,steps: (part, what, LEARNED if n=='all' else n, steps) in map(key, rows)
     search = lambda tasks: side_by_side(partial(do, args), [t for t in tasks if not there(*t)], keep, args.jobs, told)
     if args.only!='shape':
-        search(sorted([('scratch', what, 100, steps) for what in SCRATCH for steps in (LENGTHS[100] if what.startswith('rate') else (1200,))], key=lambda t: t[3]!=1200))
+        search([('scratch', what, 100, steps) for what in SCRATCH for steps in (LENGTHS[100] if what.startswith('rate') else (1200,))])
         best = max((r for r in rows if r['part']=='scratch' and r['n_labels']==100), key=lambda r: r['accuracy'])['what']
         search([('scratch', best, n, steps) for n in (50,'all') for steps in LENGTHS[n]])
-    if args.only!='scratch': search([('shape', what, '', '') for what in SHAPES])
+    if args.only!='scratch': search([('shape', what, None, STEPS) for what in SHAPES])
     print(machine(args.jobs))
 
 if __name__=='__main__': main()
