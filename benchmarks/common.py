@@ -26,6 +26,16 @@ def record(
     met = None if goal is None else value>=goal if up else value<=goal
     return dict(name=name, value=value, unit=unit, baseline=baseline, ratio=ratio, goal=goal, met=met)
 
+PLACES = {'data_path','runs_dir','expweek','expname'}   # settings that say where, not what
+
+def asked(
+    records:list,  # of a study
+    words:list,    # settings of this run, KEY=VALUE
+) -> list:
+    "The records of the study itself; without their goals where this is a trial with other settings."
+    trial = {w.split('=')[0].strip() for w in words} - PLACES
+    return [r | dict(goal=None, met=None) for r in records] if trial else records
+
 def cpu_model() -> str:
     "The processor's name, as far as the system tells."
     info = Path('/proc/cpuinfo')

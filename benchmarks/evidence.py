@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 import matplotlib.pyplot as plt, numpy as np
 from scipy import stats
-from common import clock, machine, record, side_by_side, starts, table, wall_time, write
+from common import asked, clock, machine, record, side_by_side, starts, table, wall_time, write
 from mem_nb.config import load_config
 from mem_nb.data import all_frames
 from mem_nb.datasets import SUFFIXES, prepared
@@ -169,8 +169,8 @@ def summary(found, costs):
         base = best[r['n_labels']]['mean'] if r['method'] in (*ARMS,'from scratch') or ', ' in r['method'] else None
         out.append(dict(record(f"{r['method']}, {r['n_labels']} labels, mean of {r['draws']}", r['mean'], '%', base, goal), kind='mean', **r))
     for n,b in sorted(best.items()):
-        asked = [(a,o) for a in (*ARMS, f'linear probe, {OTHERS}') for o in ('from scratch',b['method'])]
-        for a,o in asked + [(f'{p}, {FIRST}',b['method']) for p in ('knn','linear probe')]:
+        pairs = [(a,o) for a in (*ARMS, f'linear probe, {OTHERS}') for o in ('from scratch',b['method'])]
+        for a,o in pairs + [(f'{p}, {FIRST}',b['method']) for p in ('knn','linear probe')]:
             if d := difference(found, a, o, n):
                 out.append(dict(record(f'{a} minus {o}, {n} labels', d['mean'], 'points'), kind='difference', n_labels=n, a=a, b=o, **d))
     return out + [dict(record(f"{f['method']}, {f['n_labels']} labels, seed {f['seed']}", 100*f['accuracy'], '%'), kind='draw', **f) for f in found]
@@ -201,7 +201,7 @@ def save(args):
     found = collect(args)
     kept,trained = clock_file(args),sum('steps' in f for f in found)
     took = wall_time(kept, 'the study', 120, trained, (len(ARMS)+bool(args.others))*len(SEEDS)*len(GOALS))
-    out = [dict(r, kind='cost') for r in took] + summary(found, costs(args))
+    out = asked([dict(r, kind='cost') for r in took] + summary(found, costs(args)), args.set)
     out[0]['machine'] = (starts(kept) or [machine(args.jobs)])[-1]
     if args.json:
         write(args.json, out)
@@ -253,7 +253,7 @@ def main():
     parser.add_argument('--seeds', type=int, nargs='+', default=SEEDS, help='draws of labels')
     parser.add_argument('--labels', type=lambda n: n if n=='all' else int(n), nargs='+', help='numbers of labels, for a part of the study')
     parser.add_argument('--arms', nargs='*', default=list(ARMS), choices=list(ARMS), help='kinds of pretraining')
-    parser.add_argument('--set', nargs='*', default=[], metavar='KEY=VALUE', help='settings for a trial; not for the study')
+    parser.add_argument('--set', nargs='*', default=[], metavar='KEY=VALUE', help='settings for a trial, of which no goal is asked')
     parser.add_argument('--jobs', type=int, default=1, help='trainings at once')
     parser.add_argument('--collect', action='store_true', help='train nothing, only write down what is finished')
     args = parser.parse_args()

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np, torch
 from torch import nn
 from tqdm import tqdm
-from common import clock, machine, record, side_by_side, table, wall_time, write
+from common import asked, clock, machine, record, side_by_side, table, wall_time, write
 from mem_nb.config import load_config, parse_config
 from mem_nb.finetune import run_name
 from mem_nb.labelled import LabelledSet, class_names, labelled
@@ -149,12 +149,12 @@ if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('--json'); p.add_argument('--conf', default=str(ROOT/'configs'/'scenes.conf')); p.add_argument('--parts', default='study,base,speed')
     p.add_argument('--jobs', type=int, default=1, help='trainings of the study at once')
-    p.add_argument('overrides', nargs='*')
+    p.add_argument('overrides', nargs='*', metavar='KEY=VALUE', help='settings for a trial, of which no goal is asked')
     a = p.parse_args()
     cfg,records,parts = load_config(a.conf, a.overrides),[],a.parts.split(',')
     if 'study' in parts:
         rows,took = study(a.conf, a.overrides, a.jobs)
-        records += study_records(cfg, rows) + took
+        records += asked(study_records(cfg, rows) + took, a.overrides)
     if 'base' in parts: records += base_records()
     if 'speed' in parts: records += speed_records(cfg)
     print(table(records)); print('the study:', machine(a.jobs)) if 'study' in parts else None; print(machine())

@@ -71,6 +71,12 @@ def test_wall_time_is_that_of_all_starts_and_has_a_goal_where_nothing_was_there_
     common.write(kept, both[1:])
     assert common.wall_time(kept, 'it', 2, 3, 3)[0]['goal'] is None               # some was made before anyone looked at the clock
 
+def test_no_goal_is_asked_of_a_trial(evidence):
+    import common
+    made = [common.record('accuracy', 90., '%', goal=85.)]
+    assert common.asked(made, [])==common.asked(made, ['runs_dir=elsewhere', 'data_path = there'])==made
+    assert [(r['goal'],r['met'],r['value']) for r in common.asked(made, ['runs_dir=elsewhere', 'pt_lr=1e-3'])]==[(None,None,90.)]
+
 def test_the_environment_is_given_back(evidence, monkeypatch):
     import os
     from math import sqrt
