@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['default_cfgs', 'RGB', 'to_patches', 'from_patches', 'build_encoder', 'config_encoder', 'mem_tiny_patch4_32',
            'mem_small_patch16_224', 'mem_base_patch16_224', 'encoder_args', 'attention_maps', 'near_bias',
-           'encode_patches', 'sincos_positions', 'features', 'share_to_block_bias', 'resize_bias', 'read_encoder',
-           'check_fit', 'load_encoder', 'rgb_weights', 'from_vit']
+           'encode_patches', 'sincos_positions', 'features', 'share_to_block_bias', 'resize_bias', 'of_pretraining',
+           'read_encoder', 'check_fit', 'load_encoder', 'rgb_weights', 'from_vit']
 
 # %% ../nbs/11_encoder.ipynb #e539fdb8
 from math import isqrt, pi
@@ -19,6 +19,7 @@ from timm.models import adapt_input_conv, build_model_with_cfg, generate_default
 from timm.models.beit import Beit
 from torch.utils.checkpoint import checkpoint
 from .config import Config
+from .state import weights_file
 
 # %% ../nbs/11_encoder.ipynb #b5baf7bb
 def to_patches(
@@ -231,6 +232,7 @@ def resize_bias(
     new_grid:tuple,       # `(h', w')` wanted
 ) -> torch.Tensor:        # `((2h'-1)*(2w'-1)+3, heads)`
     "Stretch position biases to another grid by cubic splines, as BEiT does."
+    if len(table)!=(2*grid[0]-1)*(2*grid[1]-1)+3: raise ValueError(f"a position table of {len(table)} rows is not that of {grid[0]}×{grid[1]} patches; give the grid of its pretraining")
     if tuple(grid)==tuple(new_grid): return table
     (y,new_y),(x,new_x) = (_displacements(a,b) for a,b in zip(grid, new_grid))
     flat = table[:-3].double().T.reshape(-1, len(y), len(x)).cpu().numpy()   # the last three rows are the class token's
@@ -247,15 +249,25 @@ def _resize_positions(state, grid, new_grid):
         if k=='pos_embed': new[k] = resample_abs_pos_embed(v, new_grid, grid, antialias=False)   # as the original does
     return new
 
+def _tensors(weights):
+    "Tensors by name, of a file or a folder."
+    if isinstance(weights, dict): return weights
+    path = weights_file(weights)
+    if not path.is_file(): raise FileNotFoundError(f"no weights at {str(path)!r}; run `mem_nb pretrain` first, or mend pt_checkpoint or class_checkpoint")
+    try: return load_state_dict(str(path), weights_only=True)
+    except Exception as e: raise ValueError(f"{path} holds no readable weights ({e})") from None
+
+def of_pretraining(
+    weights:str|Path|dict,  # file, or tensors by name
+) -> bool:
+    "Are these the weights of a whole pretraining model, the encoder one part of them?"
+    return any(k.startswith('encoder.') for k in _tensors(weights))
+
 def read_encoder(
-    weights:str|Path|dict,  # file of a pretraining run or of an encoder, or its tensors by name
+    weights:str|Path|dict,  # file or folder of a pretraining run or of an encoder, or its tensors by name
 ) -> dict:                  # tensors of the encoder by name
     "The encoder's own weights; raises FileNotFoundError for no file, ValueError for one without weights."
-    if not isinstance(weights, dict):
-        path = Path(weights)
-        if not path.is_file(): raise FileNotFoundError(f"no weights at {str(path)!r}; run `mem_nb pretrain` first, or mend pt_checkpoint or class_checkpoint")
-        try: weights = load_state_dict(str(path), weights_only=True)
-        except Exception as e: raise ValueError(f"{path} holds no readable weights ({e})") from None
+    weights = _tensors(weights)
     own = {k.removeprefix('encoder.'):v for k,v in weights.items() if k.startswith('encoder.')} or weights
     return {k:v for k,v in own.items() if not k.startswith('head.') and not k.endswith('relative_position_index')}
 
@@ -287,8 +299,9 @@ def load_encoder(
     if 'norm.weight' not in want:                         # a classifier norms the mean, by a norm of its own
         state = {k:v for k,v in state.items() if not k.startswith('norm.')}
     own = ('head.', 'fc_norm.') if 'fc_norm.weight' not in state else 'head.'
+    absolute = ". They have absolute positions, as pretrained = 1 gives them" if 'pos_embed' in state and 'pos_embed' not in want else ''
     check_fit(state, {k:v for k,v in want.items() if not k.startswith(own)}, 'these weights' if isinstance(weights, dict) else weights,
-              "Use the configuration that they were pretrained with; where only the frame size differs, pass their grid")
+              "Use the configuration that they were pretrained with; where only the frame size differs, pass their grid"+absolute)
     model.load_state_dict(state, strict=False)
     return model
 
@@ -321,5 +334,6 @@ def from_vit(
         state |= {k.replace('qkv.bias','q_bias'):q, k.replace('qkv.bias','v_bias'):v}
     if (conv:='patch_embed.proj.weight') in state: state[conv] = adapt_input_conv(encoder.in_chans, state[conv])
     if (pos:='pos_embed') in state: state[pos] = resample_abs_pos_embed(state[pos], encoder.patch_embed.grid_size, antialias=False)
-    own = {k:v for k,v in encoder.state_dict().items() if 'gamma' in k or _TABLE in k}
-    return state | {k:torch.ones_like(v) if 'gamma' in k else torch.zeros_like(v) for k,v in own.items()}
+    for word,fill in (('gamma',torch.ones_like), (_TABLE,torch.zeros_like)):        # what a plain ViT has none of is without effect
+        if not any(word in k for k in state): state |= {k:fill(v) for k,v in encoder.state_dict().items() if word in k}
+    return state

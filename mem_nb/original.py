@@ -7,7 +7,7 @@ __all__ = ['ALLOWED', 'KINDS', 'read_original', 'original_weights', 'original_gr
            'original_model', 'load_original']
 
 # %% ../nbs/13c_original.ipynb #40a21b92
-import argparse, pickle, re
+import argparse, pickle, re, warnings
 from math import isqrt
 from pathlib import Path
 import numpy as np, torch
@@ -49,7 +49,8 @@ def original_weights(
     if ema and 'model_ema' not in saved: raise ValueError(f"no averaged weights in it; it holds {', '.join(map(str, saved))}")
     state = saved.get('weights', saved.get('model', saved))
     if ema: state = saved['model_ema'] | {k:v for k,v in state.items() if k.endswith(_INDEX)}   # the original averages, and so damages, it
-    state = {k.removeprefix('module.'):v for k,v in state.items() if isinstance(v, torch.Tensor)}
+    if not isinstance(state, dict): raise ValueError(f"its model is a {type(state).__name__}, not weights by name")
+    state = {k.removeprefix('module.'):v for k,v in state.items() if isinstance(v, torch.Tensor) and isinstance(k, str)}
     kind = next((kind for kind,mark in KINDS.items() if mark in state), None)
     if kind is None:
         marks = ', '.join(f'{k} ({v})' for k,v in KINDS.items())
@@ -86,14 +87,16 @@ def original_encoder(
     heads:int=None,   # attention heads, where there is no position table to count them
 ) -> dict:            # arguments of `build_encoder`
     "The geometry of an encoder of the original; raises ValueError where it cannot be known."
-    if 'patch_embed.proj.weight' not in state: raise ValueError("missing: patch_embed.proj.weight")
+    if lost := [k for k in ('patch_embed.proj.weight','blocks.0.mlp.fc1.bias') if k not in state]: raise ValueError(f"missing: {', '.join(lost)}")
     width,chans,patch,_ = state['patch_embed.proj.weight'].shape
     table,grid = next((v for k,v in state.items() if k.endswith(_TABLE)), None),original_grid(state, patch, size)
     rows = (2*grid[0]-1)*(2*grid[1]-1)+3
     if table is not None and len(table)!=rows:
         raise ValueError(f"a frame of {grid[0]*patch}×{grid[1]*patch} needs position tables of {rows} rows, these have {len(table)}")
-    heads = heads or (width//64 if table is None else table.shape[1])
+    known = heads or (table is not None and table.shape[1])
+    heads = known or width//64
     if not heads or width%heads: raise ValueError(f"heads cannot be told for width {width}; say heads=")
+    if not known: warnings.warn(f"nothing tells how many heads this encoder has; taken: {heads}, of 64 numbers each. Say heads= for others")
     places = state['pos_embed'].shape[1]-1 if 'pos_embed' in state else grid[0]*grid[1]
     if places!=grid[0]*grid[1]: raise ValueError(f"{grid[0]}×{grid[1]} patches need as many positions, these weights have {places}")
     depth = _depth(state, 'blocks.')
@@ -159,7 +162,7 @@ def load_original(
     try:
         found,state = original_weights(saved, ema)
         if kind not in (None, found): raise ValueError(f"it is of kind {found}, not {kind}")
-        if size is None and found=='tokenizer': size = _told_size(saved)
+        if size is None and not any(k.endswith(_INDEX) for k in state): size = _told_size(saved)   # an index tells it by itself
         model = original_model(found, state, size, heads, decoder_heads)
         state = our_names(found, state, model)
     except ValueError as e: raise ValueError(f"{path}: {e}") from None

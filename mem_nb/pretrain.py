@@ -24,7 +24,7 @@ from .config import Config, DataConfig
 from .store import EventStore
 from .datasets import prepared
 from .data import eval_batches, make_frames, num_steps, train_batches
-from .encoder import (config_encoder, encode_patches, from_patches, from_vit, load_encoder, rgb_weights,
+from .encoder import (config_encoder, encode_patches, from_patches, from_vit, load_encoder, of_pretraining, rgb_weights,
                             sincos_positions, to_patches)
 from .masking import make_masks, patch_events
 from .probes import knn_signal
@@ -247,7 +247,8 @@ def strip(
         return rows | dict(predicted=join(patches.masked_scatter(mask[...,None], out*std+mean if norm_pix else out)))
     tokens = frozen_tokens(vae, frames)
     guess = tokens.masked_scatter(mask, out.argmax(1))
-    return rows | dict(tokenizer=vae.decode(tokens), predicted=vae.decode(guess))
+    grid = tuple(s//patch for s in frames.shape[2:])
+    return rows | dict(tokenizer=vae.decode(tokens, grid), predicted=vae.decode(guess, grid))
 
 def strip_figure(
     task:HiddenTask,   # frames and masks
@@ -288,7 +289,7 @@ def build_model(
              MaskedEventModel(encoder, cfg.tokenizer.num_tokens, p.contrast>0))
     if not p.hidden:                                                # what answers about hidden patches stays as it is
         for name,q in model.named_parameters(): q.requires_grad = name.startswith(('encoder','project') if p.mae else ('encoder','project','mask_token'))
-    if p.pretrained: load_encoder(encoder, from_vit(p.checkpoint or rgb_weights(encoder), encoder))
+    if p.pretrained and not (p.checkpoint and of_pretraining(p.checkpoint)): load_encoder(encoder, from_vit(p.checkpoint or rgb_weights(encoder), encoder))
     elif p.checkpoint: load_weights(model, p.checkpoint)
     return model
 

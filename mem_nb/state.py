@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NOT_OF_THE_RESULT', 'atomic', 'write_json', 'is_parted', 'put_together', 'own_part', 'save_weights', 'read_state',
-           'load_weights', 'weights_hash', 'step_settings', 'check_settings', 'has_state', 'sound_state',
-           'TrainingState', 'read_log', 'rewind_log', 'append_log', 'is_done', 'final_metrics', 'peak_memory', 'tidy',
-           'finish']
+           'weights_file', 'read_weights', 'load_weights', 'weights_hash', 'step_settings', 'check_settings',
+           'has_state', 'sound_state', 'TrainingState', 'read_log', 'rewind_log', 'append_log', 'is_done',
+           'final_metrics', 'peak_memory', 'tidy', 'finish']
 
 # %% ../nbs/08_state.ipynb #c38b3881
 import errno, hashlib, json, os, resource, shutil, sys, warnings, zipfile
@@ -77,16 +77,31 @@ def read_state(
     except OSError: raise
     except Exception as e: raise ValueError(f"{path} is no readable training state ({type(e).__name__}: {str(e).splitlines()[0]})") from None
 
+def weights_file(
+    path:str|Path,  # file, or a folder of a finished step or from `save_pretrained`
+) -> Path:          # the file; of a folder without one, the folder
+    "Where the weights lie."
+    path = Path(path)
+    inside = [path/name for name in ('final.safetensors','model.safetensors')] if path.is_dir() else []
+    return next((file for file in inside if file.is_file()), path)
+
+def read_weights(
+    path:str|Path,  # from `save_weights`, its folder, or the `state.pt` of a training that did not end
+) -> dict:          # tensors by name
+    "Read weights; raises FileNotFoundError, or ValueError for what cannot be read."
+    path = weights_file(path)
+    if not path.is_file(): raise FileNotFoundError(f"no weights at {str(path)!r}; has the step before this one run?")
+    try: return read_state(path)['model'] if path.suffix=='.pt' else load_file(path)
+    except Exception as e:
+        advice = "read a checkpoint of the original with `load_original`" if path.suffix in ('.pt','.pth') else "give another, or train again into another folder"
+        raise ValueError(f"{path} is no readable file of weights ({e}); {advice}") from None
+
 def load_weights(
     model:nn.Module,  # changed in place
-    path:str|Path,    # from `save_weights`, or the `state.pt` of a training that did not end
+    path:str|Path,    # as `read_weights` takes it
 ) -> nn.Module:       # the same
-    "Read weights; raises FileNotFoundError, or ValueError that names missing, extra and misshapen weights."
-    path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"no weights at {str(path)!r}; has the step before this one run?")
-    try: state = read_state(path)['model'] if path.suffix=='.pt' else load_file(path)
-    except Exception as e: raise ValueError(f"{path} is no readable file of weights ({e}); remove it and train again") from None
-    want = model.state_dict()
+    "Put weights into a model; raises FileNotFoundError, or ValueError that names missing, extra and misshapen weights."
+    state,want = read_weights(path),model.state_dict()
     wrong = [f'{k} {tuple(v.shape)}, the model has {tuple(want[k].shape)}' for k,v in state.items() if k in want and v.shape!=want[k].shape]
     lists = dict(missing=sorted(want.keys()-state.keys()), extra=sorted(state.keys()-want.keys()), misshapen=wrong)
     told = '; '.join(f"{name}: {', '.join(v[:4])}{' …' if len(v)>4 else ''}" for name,v in lists.items() if v)
@@ -96,7 +111,7 @@ def load_weights(
 
 def weights_hash(path) -> str:
     "A fingerprint of a file of weights, or of a step's final ones, 12 hexadecimal digits; '' where there is none."
-    file = Path(path)/'final.safetensors' if Path(path).is_dir() else Path(path)
+    file = weights_file(path)
     return hashlib.sha256(file.read_bytes()).hexdigest()[:12] if file.is_file() else ''
 
 # %% ../nbs/08_state.ipynb #6b5c0019

@@ -153,6 +153,20 @@ def test_frames_that_are_not_made_of_patches_are_refused():
     with pytest.raises(ValueError, match='not made of patches of 8'): build_encoder((32,36), 8, **tiny)
     with pytest.raises(ValueError, match='multiple of heads'): build_encoder((32,32), 8, width=50, depth=1, heads=3)
 
+def test_from_vit_keeps_what_is_there():
+    "Weights of our own that a plain ViT has not: layer scales and position tables, also shared ones."
+    for shared in (True, False):
+        mine,new = (build_encoder((32,32), 8, **tiny, abs_pos=True, shared_bias=shared) for _ in range(2))
+        for p in mine.parameters(): p.data.normal_()
+        load_encoder(new, from_vit(mine.state_dict(), new))
+        assert all(torch.equal(v, new.state_dict()[k]) for k,v in mine.state_dict().items())
+
+def test_a_wrong_grid_is_told():
+    mine = build_encoder((32,32), 8, **tiny)
+    with pytest.raises(ValueError, match='position table of 52 rows is not that of 5×5 patches'): load_encoder(build_encoder((48,48), 8, **tiny), mine.state_dict(), (5,5))
+    absolute = build_encoder((32,32), 8, **tiny, abs_pos=True)
+    with pytest.raises(ValueError, match='pos_embed.*absolute positions, as pretrained = 1'): load_encoder(mine, absolute.state_dict())
+
 def test_red_green_blue_become_brighter_time_darker():
     vit = spread(VisionTransformer(32, 8, embed_dim=48, depth=3, num_heads=3, num_classes=7))
     model = load_encoder(build_encoder((32,32), 8, **tiny, abs_pos=True), from_vit(vit.state_dict(), build_encoder((32,32), 8, **tiny, abs_pos=True)))

@@ -1,5 +1,5 @@
 "Checkpoints of the original become our models, give its outputs, and cannot run code."
-import argparse, pickle
+import argparse, pickle, warnings
 from pathlib import Path
 import numpy as np, pytest, torch
 from timm.models.beit import Beit
@@ -110,6 +110,14 @@ def test_real_runs_hold_namespaces_and_numpy_scalars(tmp_path):
     again = load_original(path)
     for k,v in m.state_dict().items(): assert torch.equal(again.state_dict()[k], v)
 
+def test_what_is_assumed_is_said_and_what_the_arguments_tell_is_believed(tmp_path):
+    m = spread(MaskedEventModel(build_encoder((16,64), 8, width=128, depth=2, heads=2, shared_bias=False, abs_pos=True), 16))
+    state = {k.removeprefix('encoder.').replace('head.', 'lm_head.'):v for k,v in m.state_dict().items() if 'relative_position' not in k}
+    torch.save(dict(model=state, args=argparse.Namespace(input_H=16, input_W=64)), tmp_path/'c.pth')
+    with pytest.warns(UserWarning, match='taken: 2, of 64 numbers'): again = load_original(tmp_path/'c.pth')
+    assert again.encoder.patch_embed.grid_size==(2,8)      # 16 positions alone would be a square
+    with warnings.catch_warnings(action='error'): assert load_original(tmp_path/'c.pth', heads=4).encoder.blocks[0].attn.num_heads==4
+
 @pytest.mark.parametrize('size', [(16,32), (40,16), (8,32), (32,8), (8,8)])
 def test_the_grid_is_read_off_the_position_index(size):
     index = build_encoder(size, 8, **tiny).rel_pos_bias.relative_position_index
@@ -150,6 +158,10 @@ def test_missing_extra_and_unknown_are_named(tmp_path):
     with pytest.raises(ValueError, match='missing: encoder.blocks.1.gamma_2'): load_original(saved(tmp_path, m, **{'blocks.1.gamma_2':None}))
     torch.save({'model':{'conv.weight':torch.zeros(1)}}, tmp_path/'r.pth')
     with pytest.raises(ValueError, match='no known kind.*first weights are conv.weight'): load_original(tmp_path/'r.pth')
+    for broken,said in (({'model':None}, 'NoneType, not weights by name'), ({1:torch.zeros(1)}, 'first weights are missing'), ({'codebook.weight':torch.zeros(4,2)}, 'missing: encoder.0.0.weight'),
+                        ({'lm_head.weight':torch.zeros(4,2), 'patch_embed.proj.weight':torch.zeros(32,3,4,4)}, 'missing: blocks.0.mlp.fc1.bias')):
+        torch.save(broken, tmp_path/'b.pth')
+        with pytest.raises(ValueError, match=f'b.pth: .*{said}'): load_original(tmp_path/'b.pth')
     (tmp_path/'t.pth').write_text('hello')
     with pytest.raises(ValueError, match='t.pth'): load_original(tmp_path/'t.pth')
     with pytest.raises(FileNotFoundError, match='nowhere'): load_original(tmp_path/'nowhere.pth')

@@ -186,6 +186,16 @@ def test_strip_leaves_training_mode_alone(root):
     assert list(rows) == ['frame','visible','tokenizer','predicted'] and all(v.shape==frames.shape for v in rows.values())
     assert torch.equal(to_patches(rows['visible'], 8)[random_masks(3)], torch.zeros(24, 192))
 
+def test_a_pretraining_that_began_from_rgb_goes_on_from_its_own_weights(root, tmp_path):
+    "What is kept after a loss that is no number has more than a plain ViT: nothing of it is lost."
+    cfg = configure(root, 'pretrained=1', f'pt_checkpoint={tmp_path}/own.safetensors')
+    torch.manual_seed(1)
+    mine = MaskedEventModel(config_encoder(cfg), 32)
+    for p in mine.parameters(): p.data.normal_()
+    save_weights(mine, tmp_path/'own.safetensors')
+    again = build_model(cfg)
+    assert all(torch.equal(v, again.state_dict()[k]) for k,v in mine.state_dict().items())
+
 def test_without_validation_recordings(root):
     cfg = configure(root, 'expname=noval', 'val_fraction=0', 'pt_epochs=1')
     assert len(EventStore(prepare(cfg), 'val'))==0 and np.isfinite(pretrain(cfg)['loss'])

@@ -1,5 +1,5 @@
 "The eventVAE computes what the original's DiscreteVAE does, keeps its codes alive (defect 12), and can be found again."
-import argparse, math
+import argparse, math, re
 from copy import deepcopy
 import numpy as np, pytest, torch, torch.nn.functional as F
 from conftest import TINY
@@ -298,7 +298,22 @@ def test_the_shape_is_read_off_the_weights(tmp_path, shape):
     again = load_tokenizer(tmp_path/'w.safetensors')
     assert {k:v.shape for k,v in again.state_dict().items()} == {k:v.shape for k,v in vae.state_dict().items()}
 
+def test_after_a_loss_that_is_no_number_the_way_on_can_be_gone(digits, tmp_path, monkeypatch):
+    words,calls = [f'data_path={digits}', f'runs_dir={tmp_path}', 'vae_epochs=2', 'save_minutes=0'],[]
+    def bad(*args, **kwargs):
+        calls.append(1)
+        loss,metrics = tokenizer_loss(*args, **kwargs)
+        return loss*(float('nan') if len(calls)>8 else 1), metrics
+    with monkeypatch.context() as m, pytest.raises(FloatingPointError, match='vae_checkpoint can begin from it') as e:
+        m.setattr('mem_nb.tokenizer.tokenizer_loss', bad)
+        tokenizer(parse_config(TINY, [*words, 'expname=first']))
+    kept = re.search(r'kept in (\S+state.pt)', str(e.value))[1]
+    assert load_tokenizer(kept).num_tokens==32
+    assert np.isfinite(tokenizer(parse_config(TINY, [*words, 'expname=second', f'vae_checkpoint={kept}']))['loss'])
+
 def test_what_does_not_fit_is_said(run):
+    with pytest.raises(ValueError, match='no weights of a tokenizer; missing: codebook.weight'):
+        save_weights(torch.nn.Linear(2,2), file := run[0].folder/'other.safetensors'); load_tokenizer(file)
     cfg = deepcopy(run[0])
     cfg.tokenizer.num_tokens = 16
     with pytest.raises(ValueError, match=r'codebook.weight \(32, 32\), the model has \(16, 32\)'): load_tokenizer(cfg)

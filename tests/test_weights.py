@@ -4,11 +4,11 @@ from safetensors.torch import load_file
 from timm.models.beit import Beit
 from conftest import TINY
 from mem_nb.config import DataConfig, parse_config
-from mem_nb.encoder import build_encoder, encoder_args
-from mem_nb.finetune import build_classifier, run_name
+from mem_nb.encoder import build_encoder, encoder_args, load_encoder
+from mem_nb.finetune import build_classifier, finetune_config, run_name
 from mem_nb.pretrain import MaskedAutoencoder, MaskedEventModel
 from mem_nb.tokenizer import EventVAE, build_tokenizer
-from mem_nb.train import save_weights, write_json
+from mem_nb.train import save_weights, weights_hash, write_json
 from mem_nb.weights import describe_model, export_onnx, from_pretrained, publish, push_to_hub, read_info, run_onnx, save_pretrained
 
 tiny = dict(width=48, depth=2, heads=3)
@@ -31,7 +31,9 @@ def models():
         token_classifier=(build_encoder((16,32), 8, 3, **tiny, num_classes=5, global_pool='token'), lambda m,x: m(x)),
         absolute=(build_encoder((16,32), 8, 3, **tiny, abs_pos=True), lambda m,x: m(x)),
         pretrain=(MaskedEventModel(encoder, 16), lambda m,x: m(x, mask)),
-        mae=(MaskedAutoencoder(encoder, 32, 1, 2), lambda m,x: m(x, mask)))
+        mae=(MaskedAutoencoder(encoder, 32, 1, 2), lambda m,x: m(x, mask)),
+        two_views=(MaskedEventModel(encoder, 16, contrast=True), lambda m,x: m(x, mask)),
+        mae_two_views=(MaskedAutoencoder(encoder, 32, 1, 2, contrast=True), lambda m,x: m(x, mask)))
     return {k:(spread(m),f) for k,(m,f) in kinds.items()}
 
 @pytest.mark.parametrize('name', list(models()))
@@ -58,6 +60,10 @@ def test_folders_that_do_not_fit_are_told(tmp_path):
     with pytest.raises(ValueError, match='unknown keys tomorrow; a newer mem_nb'): from_pretrained(folder)
     write_json(dict(info, model=dict(info['model'], depth=3)), folder/'config.json')
     with pytest.raises(ValueError, match='missing: blocks.2'): from_pretrained(folder)
+    write_json(dict(info, kind='thing'), folder/'config.json')
+    with pytest.raises(ValueError, match="unknown kind of model 'thing'; known: tokenizer"): from_pretrained(folder)
+    (folder/'config.json').write_text('{')
+    with pytest.raises(ValueError, match='config.json is damaged'): from_pretrained(folder)
     write_json({}, folder/'config.json')
     with pytest.raises(ValueError, match='was not written by'): from_pretrained(folder)
     with pytest.raises(FileNotFoundError): from_pretrained(tmp_path/'nowhere')
@@ -78,6 +84,26 @@ def test_steps_of_a_run_are_published(tmp_path):
         assert again.data.normalize_gain==2 and read_info(tmp_path/'out'/step)['training']['data_hash']=='abc'
     with pytest.raises(ValueError, match='known: tokenizer'): publish(cfg, 'segmnt', tmp_path/'x')
     with pytest.raises(FileNotFoundError, match='mem_nb finetune'): publish(cfg, 'finetune/none', tmp_path/'x')
+
+def test_what_is_published_has_the_frames_that_it_was_trained_on(tmp_path):
+    cfg,one = parse_config(TINY, [f'runs_dir={tmp_path}', 'input_H=16', 'input_W=64', 'class_input_H=32', 'class_input_W=64', 'num_mask_patches=30']),'finetune/one'
+    made = {'tokenizer':(build_tokenizer(cfg), (16,64)), one:(build_classifier(finetune_config(cfg), 10), (32,64))}
+    for step,(m,size) in made.items():
+        save_weights(spread(m), cfg.folder/step/'final.safetensors')
+        write_json(dict(metrics={}, settings={}), cfg.folder/step/'final.json')
+        again,x = from_pretrained(publish(cfg, step, tmp_path/'out'/step)),torch.rand(2,3,*size)
+        assert (again.data.input_H,again.data.input_W)==size
+        if step==one: assert torch.equal(again(x), m(x))
+        else: assert again.decode(again.tokens(x)).shape==x.shape and torch.equal(again.decode(again.tokens(x)), m.decode(m.tokens(x)))
+
+@pytest.mark.parametrize('kind', ['encoder','pretrain'])
+def test_a_folder_is_a_start(kind, tmp_path):
+    "As pt_checkpoint and class_checkpoint take it."
+    model = models()[kind][0]
+    folder = save_pretrained(model, tmp_path/'m')
+    assert weights_hash(folder)==weights_hash(folder/'model.safetensors')!=''
+    new = load_encoder(build_encoder((16,32), 8, 3, **tiny), folder)
+    assert all(torch.equal(v, getattr(model, 'encoder', model).state_dict()[k]) for k,v in new.state_dict().items())
 
 # ---- out: timm and ONNX
 @pytest.mark.parametrize('name', ['encoder','classifier','absolute'])
@@ -112,6 +138,9 @@ def test_onnx_computes_the_same(name, tmp_path):
     for n in (1,3):
         x = torch.rand(n,3,16,32)
         torch.testing.assert_close(torch.from_numpy(run_onnx(tmp_path/'m.onnx', x)), model(x).detach(), atol=1e-5, rtol=1e-5)
+
+def test_only_encoder_and_classifier_are_exported(tmp_path):
+    with pytest.raises(TypeError, match='of a pretraining its `.encoder`'): export_onnx(models()['pretrain'][0], tmp_path/'m.onnx')
 
 def test_the_hub_is_asked_only_for_a_folder_of_ours(tmp_path, monkeypatch):
     import huggingface_hub
