@@ -253,7 +253,7 @@ def _tensors(weights):
     "Tensors by name, of a file or a folder."
     if isinstance(weights, dict): return weights
     path = weights_file(weights)
-    if not path.is_file(): raise FileNotFoundError(f"no weights at {str(path)!r}; run `mem_nb pretrain` first, or mend pt_checkpoint or class_checkpoint")
+    if not path.is_file(): raise FileNotFoundError(f"no weights at {str(path)!r}; run `mem_nb pretrain` first, or mend pt_checkpoint, class_checkpoint or seg_checkpoint")
     try: return load_state_dict(str(path), weights_only=True)
     except Exception as e: raise ValueError(f"{path} holds no readable weights ({e})") from None
 
@@ -301,7 +301,7 @@ def load_encoder(
     own = ('head.', 'fc_norm.') if 'fc_norm.weight' not in state else 'head.'
     absolute = ". They have absolute positions, as pretrained = 1 gives them" if 'pos_embed' in state and 'pos_embed' not in want else ''
     check_fit(state, {k:v for k,v in want.items() if not k.startswith(own)}, 'these weights' if isinstance(weights, dict) else weights,
-              "Use the configuration that they were pretrained with; where only the frame size differs, pass their grid"+absolute)
+              "Use the configuration that they were pretrained with (in Python, where only the frame size differs, pass their grid)"+absolute)
     model.load_state_dict(state, strict=False)
     return model
 

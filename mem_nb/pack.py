@@ -208,7 +208,7 @@ def pack_source(
             top,words = pack_chunk(columns, first, row)
             crc,extent,last = zlib.crc32(words, crc),[max(a,b+1) for a,b in zip(extent, top)],int(t[-1])
             if cut: cut.add(t)
-        if first is None: raise ValueError(f"{source.where}: no events; leave this recording out")
+        if first is None: raise ValueError(f"{source.where}: no events; {getattr(source, 'empty', 'leave this recording out')}")
         n = len(row)-start
         windows = cut.windows() if cut else count_windows(n, window) if window else np.array([[0,n]])
         return dict(name=f'{source.split}/{source.name}', events=n, first_us=first, duration_us=last-first, extent=extent,

@@ -45,13 +45,18 @@ def _told(folder, step):
         raise
 
 def _check_first(cfg, only_warn=False):
-    "What would stop finetuning is told before anything is trained, not after the pretraining."
-    if 'finetune' not in steps_of(cfg): return
-    EventStore,folder = import_module('mem_nb.store').EventStore,import_module('mem_nb.datasets').prepared(cfg)
-    try: import_module('mem_nb.finetune').check_finetune(cfg, EventStore(folder), EventStore(folder, 'val'))
-    except Exception as e:
-        if not only_warn: raise
-        warnings.warn(f"finetuning will refuse this: {in_words(e)}")
+    "What would stop finetuning or segmentation is told before anything is trained, not after the pretraining."
+    def finetuning():
+        EventStore,folder = import_module('mem_nb.store').EventStore,import_module('mem_nb.datasets').prepared(cfg)
+        import_module('mem_nb.finetune').check_finetune(cfg, EventStore(folder), EventStore(folder, 'val'))
+    def segmentation():
+        if not process_rank()[0]: import_module('mem_nb.segment').check_segment(cfg)      # which packs the labelled data, once
+    for step,check in (('finetune',finetuning), ('segment',segmentation)):
+        if step not in steps_of(cfg): continue
+        try: check()
+        except Exception as e:
+            if not only_warn: raise
+            warnings.warn(f"{check.__name__} will refuse this: {in_words(e)}")
 
 def run_step(
     cfg:Config,      # configuration

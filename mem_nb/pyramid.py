@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Pyramid', 'to_group_norm', 'windowed_bias', 'WindowedAttention', 'Segmenter', 'build_segmenter', 'pretrained_grid',
-           'load_backbone', 'segmenter_optimizer', 'original_input', 'original_backbone']
+           'load_backbone', 'segmenter_optimizer', 'original_input', 'original_parts', 'original_backbone']
 
 # %% ../nbs/13e_pyramid.ipynb #4258649c
 import re
@@ -148,7 +148,9 @@ def load_backbone(
     weights:str|Path|dict,  # of a pretraining run or of an encoder
     grid:tuple,             # `(h, w)` patches of that pretraining, as the configuration says
 ) -> Segmenter:             # the same
-    "Put pretrained weights into the encoder; ValueError names what does not fit."
+    "Put pretrained weights into the encoder, of a model with `original` also its own backbone's with the pyramid; ValueError names what does not fit."
+    if model.original and not isinstance(weights, dict) and Path(weights).suffix in ('.pt','.pth') and (parts := original_parts(weights))[1]:
+        return _load_parts(model, parts, weights)
     state = read_encoder(weights)
     load_encoder(model.encoder, state if isinstance(weights, dict) else weights, pretrained_grid(state, grid, model.encoder.patch_embed.grid_size))
     return model
@@ -178,6 +180,23 @@ def original_input(
     "What the original fed: a squeezed frame in 0…255 whose polarities are swapped. Pretraining saw 0…1, brighter first."
     return F.interpolate(frames.flip(1)*255, tuple(size), mode='bilinear', antialias=True)
 
+def original_parts(
+    path:str|Path|dict,  # checkpoint of the original's segmentation, or its tensors by name
+) -> tuple:              # tensors of the encoder, of the pyramid; these are missing where it is none
+    "What the original's segmentation trained beside its heads, which are left out."
+    saved = path if isinstance(path, dict) else read_original(path)
+    state = saved.get('state_dict', saved.get('model', saved))
+    state = {k.removeprefix('module.').removeprefix('backbone.'):v for k,v in state.items() if torch.is_tensor(v)}
+    state = {k:v for k,v in state.items() if not re.match(r'decode_head|auxiliary_head|norm\.', k) and not k.endswith('relative_position_index')}
+    return tuple({k:v for k,v in state.items() if k.startswith('fpn')==own} for own in (False, True))
+
+def _load_parts(model, parts, where):
+    "Encoder and pyramid from tensors."
+    for part,state in zip((model.encoder, model.pyramid), parts):
+        check_fit(state, part.state_dict(), where, "Is it a backbone of the original's segmentation, and of this geometry?")
+        part.load_state_dict(state)
+    return model
+
 def original_backbone(
     path:str|Path|dict,  # checkpoint of the original's segmentation, or its tensors by name
     blocks:tuple=None,   # four features, after these blocks; None: the last four
@@ -186,15 +205,8 @@ def original_backbone(
     **kwargs,            # further arguments of `Segmenter`
 ) -> Segmenter:          # in eval mode; decoder and heads are new
     "Encoder and pyramid that the original trained; ValueError where they are none."
-    saved = path if isinstance(path, dict) else read_original(path)
-    state = {k.removeprefix('module.').removeprefix('backbone.'):v for k,v in saved.get('state_dict', saved.get('model', saved)).items() if torch.is_tensor(v)}
-    state = {k:v for k,v in state.items() if not re.match(r'decode_head|auxiliary_head|norm\.', k) and not k.endswith('relative_position_index')}
-    where = 'these tensors' if isinstance(path, dict) else path
-    if not any(k.startswith('fpn1') for k in state): raise ValueError(f"{where}: no fpn1 in it; this is no backbone of the original's segmentation")
-    encoder = build_encoder(**original_encoder(state, size))
+    parts,where = original_parts(path),'these tensors' if isinstance(path, dict) else path
+    if not parts[1]: raise ValueError(f"{where}: no fpn1 in it; this is no backbone of the original's segmentation")
+    encoder = build_encoder(**original_encoder(parts[0], size))
     model = Segmenter(encoder, classes, blocks or tuple(range(len(encoder.blocks)-3, len(encoder.blocks)+1)), original=True, **kwargs)
-    for part,own in ((model.pyramid,True), (model.encoder,False)):
-        own = {k:v for k,v in state.items() if k.startswith('fpn')==own}
-        check_fit(own, part.state_dict(), where, "Is it a backbone of the original's segmentation?")
-        part.load_state_dict(own)
-    return model.eval()
+    return _load_parts(model, parts, where).eval()

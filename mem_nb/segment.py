@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PHOTOMETRIC', 'pad_to', 'same_place', 'recolour_frames', 'training_pair', 'rarity_weights', 'dice_loss', 'pixel_loss',
            'poly_schedule', 'window_places', 'predict_frames', 'LabelSteps', 'label_batches', 'frame_subset',
-           'segmentation_score', 'score_numbers', 'start_path', 'segment_one', 'segment', 'load_segmenter']
+           'segmentation_score', 'score_numbers', 'frames_a_pass', 'start_path', 'segment_one', 'check_segment',
+           'segment', 'load_segmenter']
 
 # %% ../nbs/14_segment.ipynb #880dd30e
 from dataclasses import dataclass, replace
@@ -252,6 +253,13 @@ def _segment_settings(cfg, data, chosen, method, labels, seed):
     return step_settings(cfg, 'data', *before, 'encoder', 'segment', data_hash=data.data_hash, subset_hash=split_hash(data.names[chosen]),
                          start_hash=start, method=method, label_count=str(labels), segment_seed=seed)
 
+def frames_a_pass(g):
+    "How many frames go through at once, of seg_batch_size and seg_update_freq; ValueError where that cannot be."
+    share,rest = divmod(g.batch_size, g.update_freq)
+    if rest or not share: raise ValueError(f"seg_batch_size = {g.batch_size} should be a multiple of seg_update_freq = {g.update_freq}")
+    if g.norm=='batch' and share<2: raise ValueError(f"seg_norm = batch needs 2 frames or more a pass, this is {share}; set seg_norm = group, or a larger seg_batch_size")
+    return share
+
 def start_path(cfg:Config):
     "The pretrained weights that segmentation starts from; raises ValueError where there can be none."
     if cfg.segment.checkpoint: return cfg.segment.checkpoint
@@ -284,11 +292,9 @@ def segment_one(
     torch.manual_seed(seed)
     model = build_segmenter(cfg)
     if not scratch: load_backbone(model, start_path(cfg), cfg.grid)
-    share = g.batch_size//g.update_freq
-    if g.norm=='batch' and share<2: raise ValueError(f"seg_norm = batch needs 2 frames or more a pass, this is {share}; set seg_norm = group, or a larger seg_batch_size")
     weights = rarity_weights(train.pixels(g.classes, g.ignore)) if g.class_weights else None
     names,settings = class_names(cfg),_segment_settings(cfg, train, chosen, method, labels, seed)
-    metrics = fit(model, _loss(cfg, model, weights), label_batches(train, chosen, max(1, g.batch_size//g.update_freq), seed, cfg.data.slice_max_evs, cfg.run.num_workers),
+    metrics = fit(model, _loss(cfg, model, weights), label_batches(train, chosen, frames_a_pass(g), seed, cfg.data.slice_max_evs, cfg.run.num_workers),
                   g.steps, cfg.folder/'segment'/run_name(method, labels, seed),
                   segmenter_optimizer(model, g.lr, g.weight_decay, g.scratch_layer_decay if scratch else g.layer_decay, g.beta2),
                   lambda k: poly_schedule(k, g.steps, g.lr, g.min_lr, g.warmup_steps, g.power), replace(cfg.run, seed=seed), settings,
@@ -298,14 +304,26 @@ def segment_one(
                 **{k[4:]:v for k,v in metrics.items() if k.startswith('val_')})
 
 # %% ../nbs/14_segment.ipynb #cf91d02f
+def check_segment(
+    cfg:Config,         # seg_…
+    ready:bool=False,   # pretraining is done, and its weights should be there
+) -> tuple:             # training and validation set
+    "Pack the labelled data, and refuse what some training of `segment` would refuse; also before the pretraining."
+    g = cfg.segment
+    if not g.methods: raise ValueError("seg_methods is empty; set it to pretrained, scratch, or both")
+    frames_a_pass(g)
+    folder = labelled(cfg)
+    train,val = LabelledSet(folder),LabelledSet(folder, 'val')
+    for n in g.labels: frame_subset(len(train), n, 0)
+    if 'pretrained' in g.methods and (ready or g.checkpoint or cfg.pretrain.skip): load_backbone(build_segmenter(cfg), start_path(cfg), cfg.grid)
+    return train, val
+
 def segment(
     cfg:Config,  # seg_methods, seg_labels and seg_seeds say what to train
 ) -> list:       # one record a run, see `segment_one`
     "Train every combination of method, label budget and seed; finished ones are read from disk."
     g = cfg.segment
-    if not g.methods: raise ValueError("seg_methods is empty; set it to pretrained, scratch, or both")
-    with make_accelerator(cfg.run).main_process_first(): folder = labelled(cfg)
-    train,val = LabelledSet(folder),LabelledSet(folder, 'val')
+    with make_accelerator(cfg.run).main_process_first(): train,val = check_segment(cfg, True)
     records = [segment_one(cfg, train, val, m, n, s) for n in g.labels for s in g.seeds for m in g.methods]
     for r in records: print(f"{r['method']}, {r['n_labels']} labelled frames, seed {r['seed']}: mIoU {r['miou']:.3f}, accuracy {r['accuracy']:.3f}, boundary F {r['boundary_f']:.3f}")
     print(f"segmented: {cfg.folder/'segment'}")

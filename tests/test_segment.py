@@ -8,14 +8,14 @@ from conftest import ROOT, SHARED
 from mem_nb.augment import flip_x
 from mem_nb.config import load_config, parse_config
 from mem_nb.encoder import build_encoder
-from mem_nb.formats import read_events, write_events
-from mem_nb.labelled import LabelBatch, LabelledSet, label_path, labelled, list_labelled, pack_labelled, read_image
+from mem_nb.formats import read_events, recording_size, write_events
+from mem_nb.labelled import LabelBatch, LabelledSet, given_sensor, known_sensor, label_path, labelled, list_labelled, pack_labelled, read_image
 from mem_nb.overlap import SegmentationScore, boundary_f, boundary_counts, confusion_matrix, overlap_scores
 from mem_nb.pipeline import command, steps_of
 from mem_nb.pyramid import build_segmenter, load_backbone, original_backbone, original_input, segmenter_optimizer
 from mem_nb.scenes import CLASSES, PATTERNS, Thing, World, film, paint, simulate_scenes
 from mem_nb.segment import load_segmenter, pixel_loss, poly_schedule, predict_frames, same_place, segment, window_places
-from mem_nb.segmented import predict_recording, recording_windows
+from mem_nb.segmented import Film, predict_recording, recording_windows
 from mem_nb.state import read_log, read_state
 from mem_nb.status import finished, run_status
 
@@ -190,6 +190,23 @@ def test_an_image_without_a_label_and_the_reverse_are_each_listed(tmp_path):
     said = bad(tmp_path, change, 'images')
     assert said.startswith('3 faults') and all(f'{k}' in said for k in ('imgs/train/0.npy: no label map','imgs/train/1.npy: no label map','anns/val/2.png: no image'))
 
+def test_a_file_without_a_partner_is_told_after_the_first_packing_too(tmp_path):
+    images(tmp_path)
+    again = lambda: pack_labelled(*list_labelled(tmp_path, 'images', 6), tmp_path/'packed', 6)
+    assert again()==again()
+    np.save(tmp_path/'imgs'/'train'/'new.npy', np.zeros((30,40,3), np.uint8))
+    with pytest.raises(ValueError, match='imgs/train/new.npy: no label map'): again()
+    (tmp_path/'imgs'/'train'/'new.npy').unlink()
+    assert again()==tmp_path/'packed'
+
+def test_files_of_other_endings_are_not_passed_over(tmp_path):
+    def change(f):
+        save(f/'imgs'/'train'/'8.jpg', np.zeros((30,40,3))); save(f/'imgs'/'train'/'0.png', np.zeros((30,40,3))); save(f/'anns'/'val'/'9.tif', np.zeros((30,40)))
+        (f/'imgs'/'train'/'1.npy').write_bytes(b'damaged'); save(f/'imgs'/'train'/'2.PNG', np.zeros((30,40,3))); (f/'imgs'/'train'/'2.npy').unlink()
+    said = bad(tmp_path, change, 'images')
+    for word in ('train/8.jpg: event images are .npy or .png', 'train/0.npy: 0.png has the same name', 'val/9.tif: label maps are .png', 'train/1.npy: no readable event image'): assert word in said
+    assert said.startswith('4 faults') and '2.PNG' not in said
+
 def test_a_recording_without_maps_and_the_reverse_are_each_listed(tmp_path):
     def change(f):
         (f/'train'/'00000.bin').unlink(); [p.unlink() for p in (f/'train'/'00001').iterdir()]
@@ -206,7 +223,7 @@ def test_a_window_without_events(tmp_path):
         e = read_events(f/'train'/'00000.bin')
         write_events(f/'train'/'00000.bin', e[(e['t']<51_000)|(e['t']>=100_000)], (64,96))
     said = bad(tmp_path, change, window_us=40_000)
-    assert '00000.bin before 100000.png' in said and 'no events' in said
+    assert '00000.bin before 100000.png' in said and 'no events; move this label map away' in said
 
 def test_a_map_in_colour_and_an_image_of_another_size(tmp_path):
     def change(f):
@@ -218,7 +235,12 @@ def test_dsec_names_what_a_sequence_lacks(here, tmp_path):
     for split in ('train','test'): dsec(tmp_path/split/'a', shifted(0), (64,96))
     (tmp_path/'train'/'a'/'semantic'/'left'/'11classes'/'data'/'000002.png').unlink()
     (tmp_path/'test'/'a'/'semantic'/'timestamps.txt').unlink()
+    for name,lines in dict(b='1\nabc\n3\n', c='5\n5\n6\n').items():
+        dsec(tmp_path/'train'/name, shifted(0), (64,96)); (tmp_path/'train'/name/'semantic'/'timestamps.txt').write_text(lines)
+    dsec(tmp_path/'train'/'d', shifted(0), (64,96), times=(60_000,))
     wrong = list_labelled(tmp_path, 'dsec', 11)[1]
+    for word in ('b/semantic/timestamps.txt: not a whole number', 'c/semantic/timestamps.txt: line 2 is no later', 'data: 1 label maps'):
+        one, = (w for w in wrong if word in w); wrong.remove(one)
     assert len(wrong)==2 and '3 times for 2 label maps' in wrong[0] and 'test/a: no semantic/timestamps.txt' in wrong[1]
 
 def test_a_checkpoint_whose_encoder_differs(here):
@@ -228,11 +250,34 @@ def test_a_checkpoint_whose_encoder_differs(here):
     with pytest.raises(ValueError, match='another configuration'): load_segmenter(cfg_of('seg_width=32'), 'scratch', 8, 0)
 
 @pytest.mark.parametrize('words,said', [('seg_blocks=1 2 3', 'four ascending'), ('seg_blocks=1 2 3 3', 'transformer_depth = 4'), ('seg_ignore=3', 'seg_ignore'), ('seg_H=60', 'multiples of the patch'),
-    ('seg_methods=mae', 'seg_methods'), ('seg_loss=l2', 'known: ce, focal, dice'), ('seg_overlap=1', 'seg_overlap'), ('seg_names=a b', 'seg_names has 2'), ('seg_seeds=x', 'seg_seeds')])
+    ('seg_methods=mae', 'seg_methods'), ('seg_loss=l2', 'known: ce, focal, dice'), ('seg_overlap=1', 'seg_overlap'), ('seg_names=a b', 'seg_names has 2'), ('seg_seeds=x', 'seg_seeds'), ('seg_seeds=', 'at least one each'), ('seg_labels=', 'at least one each'), ('seg_rows=-1', 'seg_rows = -1')])
 def test_settings_that_cannot_be(here, words, said):
     with pytest.raises(ValueError, match=said): cfg_of(words)
 
+@pytest.mark.parametrize('words,said', [(('seg_labels=8 500',), 'asks for 500 labelled frames, there are'), (('seg_batch_size=5', 'seg_update_freq=2'), 'multiple of seg_update_freq'),
+    (('seg_batch_size=4', 'seg_update_freq=4'), 'seg_norm = batch needs 2'), (('seg_checkpoint=nowhere.safetensors',), 'seg_checkpoint'), (('seg_path=empty',), 'no folder empty/train')])
+def test_what_segmentation_refuses_is_said_before_the_pretraining(here, words, said):
+    name = f'early{abs(hash(words))}'
+    with pytest.raises((ValueError,FileNotFoundError), match=said): command('run', 'x.conf', [*words, f'expname={name}'])
+    assert not Path('runs', name, 'tokenizer').exists() and not Path('runs', name, 'segment').exists()
+
+def test_images_want_three_channels(here):
+    with pytest.raises(ValueError, match='has three channels'): cfg_of('seg_layout=images', 'representation=voxel')
+
 # ---- the model
+def test_the_originals_segmentation_is_a_start(tmp_path):
+    "With `seg_original = 1`: encoder and pyramid, not the heads."
+    cfg = parse_config(CONF, ['seg_original=1', 'num_layers=4', 'transformer_emb=12', 'seg_finest=4', 'num_mask_patches=12'])
+    trained,new = (build_segmenter(cfg) for _ in range(2))
+    for v in trained.state_dict().values(): v.copy_(torch.rand(v.shape)) if v.is_floating_point() else None
+    own = {k.removeprefix('encoder.').removeprefix('pyramid.'):v for k,v in trained.state_dict().items() if k.startswith(('encoder.','pyramid.'))}
+    torch.save(dict(state_dict={f'backbone.{k}':v for k,v in own.items()} | {'decode_head.conv_seg.weight':torch.zeros(1)}, meta=dict(epoch=1)), tmp_path/'iter_1.pth')
+    load_backbone(new, tmp_path/'iter_1.pth', cfg.grid)
+    got = new.state_dict()
+    for k,v in trained.state_dict().items(): assert torch.equal(v, got[k])==k.startswith(('encoder.','pyramid.')) or v.numel()==1 or 'running' in k, k
+    del own['blocks.0.gamma_1']; torch.save(dict(state_dict=own), tmp_path/'cut.pth')
+    with pytest.raises(ValueError, match='cut.pth.*missing: blocks.0.gamma_1'): load_backbone(new, tmp_path/'cut.pth', cfg.grid)
+
 def test_backbone_features_are_the_originals(shared):
     z = np.load(shared/'golden'/'evbeit.npz')
     state = {k[3:]:torch.from_numpy(z[k]) for k in z.files if k.startswith('sd/')}
@@ -353,6 +398,36 @@ def test_a_run_goes_through_segmentation_and_predicts(here, capsys):
     with pytest.raises(ValueError, match='recording=FILE'): command('predict', 'x.conf')
     # a finished one answers at once; another setting is refused
     with pytest.raises(ValueError, match='seg_lr was'): command('segment', 'x.conf', ['seg_lr=1'])
+
+def test_predict_knows_the_sensor_of_the_data_set(here, tmp_path):
+    "What `segment` took, `predict` takes: films of the scenes, and DSEC's files, whose format tells no size."
+    text = '\n'.join(l for l in CONF.splitlines() if not l.startswith('sensor_'))
+    Path('bare.conf').write_text(text)
+    recording = next(Path('scenes').glob('*/val/00000.bin'))
+    for word in ('out=bare', 'out=bare'): command('predict', 'bare.conf', [f'recording={recording}', word])
+    assert len(list(Path('bare').glob('*.png')))==4 and '#' in Path('bare/classes.txt').read_text()
+    Path('bare/7.png').write_bytes(b''); Path('bare/mine.png').write_bytes(b'')
+    command('predict', 'bare.conf', [f'recording={recording}', 'out=bare'])                        # maps of other windows would lie beside these
+    assert not Path('bare/7.png').exists() and Path('bare/mine.png').exists() and len(list(Path('bare').glob('*.png')))==5
+    import h5py
+    with h5py.File(tmp_path/'events.h5', 'w') as f:
+        e = read_events(recording, size=(64,96))
+        for k in 'xytp': f[f'events/{k}'] = e[k].astype(dict(x='u2', y='u2', t='u4', p='u1')[k])
+        f['t_offset'] = 0; f['ms_to_idx'] = np.searchsorted(e['t'], 1000*np.arange(e['t'][-1]//1000+1)).astype('u8')
+    cfg = load_config('bare.conf', ['data_set=dsec', 'seg_layout=dsec'])
+    assert recording_size(tmp_path/'events.h5') is None and known_sensor(cfg)==(480,640)
+    assert known_sensor(load_config('x.conf'))==(64,96) and given_sensor(cfg) is None
+
+def test_a_long_film_is_thinned_evenly():
+    film = Film(4)
+    for k in range(19): film.add(np.full((1,1,3), k/255))
+    assert [int(p[0,0,0]) for p in film.pictures]==[0,8,16] and film.seen==19
+
+def test_a_leap_in_time_is_refused(here, tmp_path):
+    e = read_events(next(Path('scenes').glob('*/val/00000.bin'))).copy()
+    e['t'][-5:] += 10**12
+    write_events(tmp_path/'leap.h5', e, (64,96))
+    with pytest.raises(ValueError, match='leap.h5: no event between .* are all times of one clock'): list(recording_windows(tmp_path/'leap.h5', 50_000))
 
 def test_training_on_images_learns_their_frames(tmp_path, monkeypatch, root):
     monkeypatch.chdir(tmp_path)
