@@ -78,6 +78,7 @@ def list_dsec(
         found += [Labelled(f'{seq.name}/{p.stem}', split, p, events, int(t)) for p,t in list(zip(pngs, times))[1:]]
     return found
 
+# %% ../nbs/13d_labelled.ipynb #7ba44a59
 PICTURES = ('.npy','.png','.jpg','.jpeg','.bmp','.tif','.tiff','.webp','.npz')   # what people may take for one
 
 def list_images(
@@ -334,9 +335,7 @@ def class_names(cfg:Config) -> list:
     if g.names: return [str(n) for n in g.names]
     return list(CLASSES) if cfg.data.data_set=='scenes' and g.classes==len(CLASSES) else [str(i) for i in range(g.classes)]
 
-def given_sensor(cfg):
-    "Sensor `(H, W)` that the configuration says, or None."
-    return (cfg.data.sensor_H,cfg.data.sensor_W) if cfg.data.sensor_H else None
+def given_sensor(cfg): "Sensor `(H, W)` that the configuration says, or None."; return (cfg.data.sensor_H,cfg.data.sensor_W) if cfg.data.sensor_H else None
 
 def known_sensor(
     cfg:Config,  # data_set, seg_layout, seg_path

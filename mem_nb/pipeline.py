@@ -8,7 +8,7 @@ __all__ = ['STEPS', 'ALONE', 'PROTOCOLS', 'OTHERS', 'TEACH', 'EXAMPLES', 'steps_
 
 # %% ../nbs/18_pipeline.ipynb #d7ba9653
 import argparse, os, sys, time, warnings
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from importlib import import_module
 from pathlib import Path
 from .config import Config, InUse, config_text, in_words, load_config, on_signals, parse_config, process_rank, save_config, Stopped
@@ -44,20 +44,25 @@ def _told(folder, step):
         with suppress(OSError), open(note, 'x') as f: f.write(f'{step}: {in_words(e)}')
         raise
 
-def _check_first(cfg, only_warn=False):
-    "What would stop finetuning or segmentation is told before anything is trained, not after the pretraining."
-    def finetuning():
+def _checks(cfg):
+    "What tells before anything is trained whether finetuning and segmentation, where they are asked for, will be refused."
+    def finetune():
         EventStore,folder = import_module('mem_nb.store').EventStore,import_module('mem_nb.datasets').prepared(cfg)
         import_module('mem_nb.finetune').check_finetune(cfg, EventStore(folder), EventStore(folder, 'val'))
-    def segmentation():
+    def segment():
         if not process_rank()[0]: import_module('mem_nb.segment').check_segment(cfg)      # which packs the labelled data, once
-    for step,check in (('finetune',finetuning), ('segment',segmentation)):
-        if step not in steps_of(cfg): continue
-        try: check()
+    return [f for f in (finetune, segment) if f.__name__ in steps_of(cfg)]
+
+def _check_first(cfg, only_warn=False):
+    "What would stop a later step is told now, not after the pretraining."
+    for check in _checks(cfg):
+        try:
+            with nullcontext() if only_warn else _told(cfg.folder, check.__name__): check()
         except Exception as e:
             if not only_warn: raise
             warnings.warn(f"{check.__name__} will refuse this: {in_words(e)}")
 
+# %% ../nbs/18_pipeline.ipynb #d35f4702
 def run_step(
     cfg:Config,      # configuration
     step:str,        # name of a step
@@ -85,8 +90,7 @@ def run(
     began = time.time()
     for step in (steps := steps_of(cfg)):
         result = run_step(cfg, step, step==steps[-1])
-        if step=='prepare':
-            with _told(cfg.folder, 'finetune'): _check_first(cfg)
+        if step=='prepare': _check_first(cfg)
     print(f'all steps: {time.time()-began:.0f} s; results: {cfg.folder}')
     return result
 

@@ -155,6 +155,7 @@ def write_gif(
     frames = [Image.fromarray(np.repeat(np.repeat(p, k, 0), k, 1)) for p in pictures]
     with atomic(path) as tmp: frames[0].save(tmp, format='gif', save_all=True, append_images=frames[1:], duration=ms, loop=0)
 
+# %% ../nbs/14b_segmented.ipynb #f68d7a30
 def write_windows(
     parts,                # from `predict_windows`, written as they come
     folder:str|Path,      # made where it does not exist

@@ -290,8 +290,7 @@ STARTS = dict(tokenizer='vae_checkpoint', pretrain='pt_checkpoint', finetune='cl
 def _way_on(self:Trainer):
     "What to do after a loss that is no number, in words."
     key = next((STARTS[part] for part in reversed(self.folder.parts) if part in STARTS), None)
-    begin = f"{key} can begin from it" if key else "`load_weights` reads it"
-    before = self.file.with_name('before.pt')
+    begin,before = f"{key} can begin from it" if key else "`load_weights` reads it",self.file.with_name('before.pt')
     older = f", or from the save before, {before}, where it is ruined already" if before.is_file() else ''
     kept = f"The state of step {self.kept} is kept in {self.file}; {begin}{older}. " if self.kept else "No state was saved before. "
     return kept + (f"The same settings would end here again: lower the learning rate or the gradient clip, and take another expname or remove {self.folder}")

@@ -66,7 +66,7 @@ def test_labels_that_cannot_be_are_told_before_anything_is_trained(tmp_path):
 def test_a_step_alone_warns_of_them_and_a_chain_of_jobs_ends_with_its_first(tmp_path):
     (folder := tmp_path/'early').mkdir()
     wrong = ['class_labels=999/class', 'vae_epochs=1']
-    with pytest.warns(UserWarning, match='finetuning will refuse this: .*999 recordings of each class'): command('tokenizer', conf(folder), wrong)
+    with pytest.warns(UserWarning, match='finetune will refuse this: .*999 recordings of each class'): command('tokenizer', conf(folder), wrong)
     assert (folder/'runs'/'tiny'/'tokenizer'/'final.safetensors').exists() and not (folder/'runs'/'tiny'/'failed.txt').exists()
     with pytest.raises(ValueError, match='999 recordings of each class'): command('prepare', conf(folder), [*wrong, 'slurm_chain=1'])
 

@@ -4,7 +4,7 @@ import numpy as np, pytest, torch, torch.nn.functional as F
 from mem_nb.config import parse_config
 from mem_nb.datasets import prepare
 from mem_nb.store import EventStore
-from mem_nb.encoder import build_encoder, from_patches, from_vit, load_encoder, to_patches
+from mem_nb.encoder import build_encoder, config_encoder, from_patches, from_vit, load_encoder, to_patches
 from mem_nb.pretrain import (MaskedAutoencoder, MaskedEventModel, build_model, frozen_tokens, hidden_pixels, masked_accuracy,
                              masked_loss, pixel_loss, pretrain, pretrain_optimizer, pretrain_task, strip, strip_figure)
 from mem_nb.tokenizer import build_tokenizer
@@ -190,7 +190,7 @@ def test_a_pretraining_that_began_from_rgb_goes_on_from_its_own_weights(root, tm
     "What is kept after a loss that is no number has more than a plain ViT: nothing of it is lost."
     cfg = configure(root, 'pretrained=1', f'pt_checkpoint={tmp_path}/own.safetensors')
     torch.manual_seed(1)
-    mine = MaskedEventModel(config_encoder(cfg), 32)
+    mine = MaskedEventModel(config_encoder(cfg), cfg.tokenizer.num_tokens)
     for p in mine.parameters(): p.data.normal_()
     save_weights(mine, tmp_path/'own.safetensors')
     again = build_model(cfg)
