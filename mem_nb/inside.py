@@ -136,8 +136,8 @@ def run_attention(
 ):                     # the figure
     "Where one patch of a recording looks."
     cfg = run_config(run)
-    frame,patch = some_frames(cfg, 16)[sample],patch or tuple(g//2 for g in cfg.grid)
-    return show_attention(frame, attention_from(_encoder(cfg), frame, patch, block), patch, f'block {block}: from the star')
+    encoder,frame,patch = _encoder(cfg),some_frames(cfg, 16)[sample],patch or tuple(g//2 for g in cfg.grid)
+    return show_attention(frame, attention_from(encoder, frame, patch, block), patch, f'block {range(len(encoder.blocks))[block]}: from the star')
 
 def run_bias(
     run,          # folder of a run

@@ -147,7 +147,8 @@ def time_faults(
 ) -> list:          # lines
     "Labels whose time lies before the recording, or more than half a window after its last event."
     path,wrong = items[0].source,[]
-    first = int(next(event_chunks(path, 1))['t'][0])
+    try: first = int(next(event_chunks(path, 1))['t'][0])
+    except (ValueError,StopIteration) as e: return [str(e) or f'{path}: no events; move it and its label maps away']
     tell = lambda i,where: wrong.append(f"{i.label}: its time {i.end_us} µs lies {where} {path}; are both of one clock?")
     for i in items:
         if i.end_us<=first: tell(i, f'before the first event, {first} µs, of')
@@ -232,8 +233,7 @@ def pack_labelled(
     seen = fingerprint([EventWindow(i, window_us) for i in items], classes, ignore, window_us, rows, sensor, given)
     if (note := folder/'labels.json').exists() and json.loads(note.read_text()).get('seen')==seen and not wrong: return folder
     folder.mkdir(parents=True, exist_ok=True)
-    for split in ('train','val'):
-        if not any(i.split==split for i in items): wrong.append(f"{split}: no label map at all; both splits are needed")
+    wrong += [f"{s}: no label map at all; both splits are needed" for s in ('train','val') if not any(i.split==s for i in items)]
     check_all(wrong if not items or any('no label map at all' in w for w in wrong) else [])
     frame = sensor or given or (recording_size(events[0].source) if events else None) or _commonest_size(items)
     size = (rows or frame[0], frame[1])

@@ -97,5 +97,5 @@ def show_iou(
         at = np.arange(len(classes)) + (k-(len(rows)-1)/2)*wide
         ax.bar(at, 100*np.nan_to_num(iou), wide, color=LINES[k%len(LINES)], label=f'{name}, mean {100*np.nanmean(iou):.1f} %')
     ax.set(xticks=range(len(classes)), xticklabels=classes, ylabel='IoU (%)', ylim=(0,100), title=title or 'Intersection over union, class by class')
-    ax.grid(axis='y'); ax.legend(fontsize=7, frameon=True, framealpha=.9)   # bars may reach below it
+    ax.grid(axis='y'); ax.legend(fontsize=7, loc='upper center', bbox_to_anchor=(.5,-.12), ncols=len(rows))   # bars may reach everywhere else
     return ax

@@ -188,14 +188,15 @@ def write_sequence(
 def predict(
     cfg:Config,           # of a run whose `segment` is done
     recording:str|Path,   # any format
-    out:str|Path=None,    # folder; None: `segment/predictions/<name>` in the run
+    out:str|Path=None,    # folder; None: `segment/predictions/<folder>-<name>` in the run, of the recording's folder and name
 ) -> Path:                # the folder
     "What `mem_nb predict CONF recording=…` does: label maps and a film of a recording, by the run's first model."
     g = cfg.segment
     if not g.methods: raise ValueError("seg_methods is empty; set it to what was trained: pretrained or scratch")
     model = load_segmenter(cfg, g.methods[0], g.labels[0], g.seeds[0]).to(pick_device(cfg.run.device))
     size = given_sensor(cfg) or recording_size(recording) or known_sensor(cfg)
-    folder,began = Path(out or cfg.folder/'segment'/'predictions'/Path(recording).stem),time.time()
+    where,began = Path(recording).resolve(),time.time()
+    folder = Path(out or cfg.folder/'segment'/'predictions'/f'{where.parent.name}-{where.stem}')
     parts = tqdm(predict_windows(model, recording, cfg.data, g.window_us, size, g.rows, g.overlap), desc='predict', unit=' batches', mininterval=1)
     n = write_windows(parts, folder, class_names(cfg))
     print(f'{n} windows of {g.window_us/1000:.0f} ms, {n/(time.time()-began):.1f} frames/s from the raw file to the maps; {folder}')

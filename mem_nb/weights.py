@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'describe_model', 'rebuild', 'timm_config', 'model_card', 's
            'trained_model', 'publish', 'push_to_hub', 'export_onnx', 'run_onnx']
 
 # %% ../nbs/13b_weights.ipynb #8b0fdd77
-import json
+import json, warnings
 from copy import deepcopy
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -172,7 +172,9 @@ def publish(
     model,final = trained_model(cfg, step),json.loads((cfg.folder/step/'final.json').read_text())
     training = dict(final['settings'], data_set=cfg.data.data_set)
     store = store_path(cfg)
-    if (store/'manifest.json').is_file(): training['split_hash'] = read_manifest(store)['split_hash']
+    facts = read_manifest(store) if (store/'manifest.json').is_file() else {}
+    if facts.get('data_hash')==training.get('data_hash'): training['split_hash'] = facts.get('split_hash')
+    else: warnings.warn(f"the card has no split_hash: {store} {'holds other data than was trained on' if facts else 'is gone'}")
     training = {k:v for k,v in training.items() if k not in _PATHS}
     data = (finetune_config(cfg) if step.startswith('finetune') else cfg).data
     return save_pretrained(model, folder, data, final['metrics'], training, licence)

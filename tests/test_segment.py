@@ -225,6 +225,12 @@ def test_a_window_without_events(tmp_path):
     said = bad(tmp_path, change, window_us=40_000)
     assert '00000.bin before 100000.png' in said and 'no events; move this label map away' in said
 
+def test_a_damaged_recording_is_one_line_of_the_list(tmp_path):
+    def change(f):
+        (f/'train'/'00000.bin').write_bytes(b'123'); save(f/'val'/'00000'/'100000.png', np.full((64,96), 17))
+    said = bad(tmp_path, change)
+    assert said.startswith('2 faults') and 'train/00000.bin' in said and 'val/00000/100000.png: label 17' in said
+
 def test_a_map_in_colour_and_an_image_of_another_size(tmp_path):
     def change(f):
         save(f/'anns'/'train'/'0.png', np.zeros((30,40,3))); np.save(f/'imgs'/'train'/'1.npy', np.zeros((31,40,3), np.uint8))
