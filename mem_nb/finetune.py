@@ -24,7 +24,7 @@ from .metrics import accuracy_metrics
 from .splits import check_labels, check_overlap, draw_labels, label_subset, save_list
 from .encoder import config_encoder, from_vit, load_encoder, rgb_weights
 from .shard import first_says, row_before, rows_of_all
-from .state import is_parted, load_weights, save_weights, step_settings, weights_hash, write_json
+from .state import is_parted, load_weights, save_weights, step_settings, weights_file, weights_hash, write_json
 from .train import cosine_schedule, fit
 
 _all_ = ['accuracy_metrics','label_subset']   # from `metrics` and `splits`
@@ -109,10 +109,10 @@ def class_weights(
 # %% ../nbs/13_finetune.ipynb #25047491
 def pretrained_path(cfg):
     "The pretrained weights that finetuning starts from."
-    if cfg.finetune.checkpoint: return Path(cfg.finetune.checkpoint)
+    if cfg.finetune.checkpoint: return weights_file(cfg.finetune.checkpoint)
     if cfg.pretrain.skip and not cfg.pretrain.checkpoint:
         raise ValueError("pt_skip = 1 trains no encoder; set pt_checkpoint or class_checkpoint to its weights, or class_methods = scratch")
-    if cfg.pretrain.skip: return Path(cfg.pretrain.checkpoint)
+    if cfg.pretrain.skip: return weights_file(cfg.pretrain.checkpoint)
     return cfg.folder/'pretrain'/'final.safetensors'
 
 def rgb_start(cfg):
@@ -256,8 +256,9 @@ def finetune_one(
 def pretraining_store(cfg):
     "The store of the recordings that the encoder was pretrained on: this run's, another run's; None where nobody noted it."
     if not cfg.finetune.checkpoint and not cfg.pretrain.skip: return store_path(cfg)
-    conf = pretrained_path(cfg).absolute().parents[1]/'run.conf'
-    if not conf.is_file(): return None
+    near = pretrained_path(cfg).absolute().parents[:3]                       # of weights, or of a state that was kept
+    conf = next((p/'run.conf' for p in near if (p/'run.conf').is_file()), None)
+    if conf is None: return None
     other = load_config(conf)
     return store_path(other) if (store_path(other)/'sources.jsonl').is_file() else None
 

@@ -18,7 +18,7 @@ from .recolour import loop_ops
 from .store import split_hash
 from .data import own_rows
 from .targets import counted_mean, summed
-from .state import load_weights, step_settings, weights_hash
+from .state import load_weights, step_settings, weights_file, weights_hash
 from .train import fit, make_accelerator
 from .finetune import pretrained_path, run_name
 from .labelled import LabelBatch, LabelledSet, class_names, labelled
@@ -262,7 +262,7 @@ def frames_a_pass(g):
 
 def start_path(cfg:Config):
     "The pretrained weights that segmentation starts from; raises ValueError where there can be none."
-    if cfg.segment.checkpoint: return cfg.segment.checkpoint
+    if cfg.segment.checkpoint: return weights_file(cfg.segment.checkpoint)
     try: return pretrained_path(cfg)
     except ValueError: raise ValueError("pt_skip = 1 trains no encoder; set pt_checkpoint or seg_checkpoint to its weights, or seg_methods = scratch") from None
 

@@ -78,11 +78,11 @@ def read_state(
     except Exception as e: raise ValueError(f"{path} is no readable training state ({type(e).__name__}: {str(e).splitlines()[0]})") from None
 
 def weights_file(
-    path:str|Path,  # file, or a folder of a finished step or from `save_pretrained`
+    path:str|Path,  # file, or the folder of a step, from `save_pretrained`, or of a run that has pretrained
 ) -> Path:          # the file; of a folder without one, the folder
     "Where the weights lie."
     path = Path(path)
-    inside = [path/name for name in ('final.safetensors','model.safetensors')] if path.is_dir() else []
+    inside = [path/name for name in ('final.safetensors','model.safetensors','pretrain/final.safetensors')] if path.is_dir() else []
     return next((file for file in inside if file.is_file()), path)
 
 def read_weights(

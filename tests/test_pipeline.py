@@ -3,8 +3,12 @@ import json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pytest
 from conftest import TINY
+from mem_nb.config import load_config
+from mem_nb.datasets import store_path
 from mem_nb.events import make_events
+from mem_nb.finetune import pretrained_path, pretraining_store
 from mem_nb.pipeline import STEPS, command, steps_of
+from mem_nb.state import weights_hash
 
 MEM_NB = ['-c', 'from mem_nb.pipeline import main; main()']
 KILL = '''
@@ -147,6 +151,13 @@ def test_other_weights_to_start_from_are_another_result(whole):
     folder,_ = whole
     other = folder/'runs'/'tiny'/'finetune'/'scratch_40_seed0'/'final.safetensors'
     with pytest.raises(ValueError, match='start_hash was'): command('finetune', conf(folder), [f'class_checkpoint={other}'])
+
+def test_a_run_is_a_start_by_its_folder_and_what_it_saw_is_known(whole):
+    folder,_ = whole
+    start = folder/'runs'/'tiny'
+    same = [load_config(conf(folder), [f'class_checkpoint={p}']) for p in (start, start/'pretrain', start/'pretrain'/'final.safetensors')]
+    assert len({pretrained_path(c) for c in same})==1 and {pretraining_store(c) for c in same}=={store_path(same[0])}
+    assert len({weights_hash(c.finetune.checkpoint) for c in same})==1
 
 def test_mistakes_at_the_command_line_are_one_sentence(tmp_path):
     for args,said in [(['pretran','x.conf'], 'unknown step'), (['run','nowhere.conf'], 'no configuration file'), (['run','configs/demo.conf','pt_epoch=1'], "did you mean 'pt_epochs'")]:
