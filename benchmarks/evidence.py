@@ -201,7 +201,7 @@ def save(args):
     found = collect(args)
     kept,trained = clock_file(args),sum('steps' in f for f in found)
     took = wall_time(kept, 'the study', 120, trained, (len(ARMS)+bool(args.others))*len(SEEDS)*len(GOALS))
-    out = asked([dict(r, kind='cost') for r in took] + summary(found, costs(args)), args.set)
+    out = asked([dict(r, kind='cost') for r in took] + summary(found, costs(args)), [*args.set, *([] if args.seeds==SEEDS else ['seeds'])])
     out[0]['machine'] = (starts(kept) or [machine(args.jobs)])[-1]
     if args.json:
         write(args.json, out)

@@ -22,7 +22,7 @@ from mem_nb.segment import (_loss, frame_subset, label_batches, load_segmenter, 
                             segmentation_score)
 from mem_nb.train import fit
 
-ROOT = Path(__file__).parents[1]
+CONF = Path(__file__).parents[1]/'configs'/'scenes.conf'
 
 class UNet(nn.Module):
     "smp's UNet with the first stages of a ResNet-18, from scratch, of about the size of ours (0.9 million weights), in the clothes of a `Segmenter`."
@@ -148,14 +148,14 @@ def speed_records(cfg):
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument('--json'); p.add_argument('--conf', default=str(ROOT/'configs'/'scenes.conf')); p.add_argument('--parts', default='study,base,speed')
+    p.add_argument('--json'); p.add_argument('--conf', default=str(CONF)); p.add_argument('--parts', default='study,base,speed')
     p.add_argument('--jobs', type=int, default=1, help='trainings of the study at once')
     p.add_argument('overrides', nargs='*', metavar='KEY=VALUE', help='settings for a trial, of which no goal is asked')
     a = p.parse_args()
     cfg,records,parts = load_config(a.conf, a.overrides),[],a.parts.split(',')
     if 'study' in parts:
         rows,took = study(a.conf, a.overrides, a.jobs)
-        records += asked(study_records(cfg, rows) + took, a.overrides)
+        records += asked(study_records(cfg, rows) + took, [*a.overrides, *([] if Path(a.conf)==CONF else ['conf'])])
     if 'base' in parts: records += base_records()
     if 'speed' in parts: records += speed_records(cfg)
     print(table(records)); print('the study:', machine(a.jobs)) if 'study' in parts else None; print(machine())

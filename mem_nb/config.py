@@ -81,7 +81,7 @@ def _check_combinations(cfg, where):
         (not g.original or g.finest==4, f"seg_finest = {g.finest}, but seg_original = 1 has 4, as the original"),
         (not g.methods or g.labels and g.seeds, "seg_labels and seg_seeds should name at least one each; to leave segmentation out, empty seg_methods"),
         (whole(g.rows), f"seg_rows = {g.rows} should be 0 (all) or the rows from the top that are labelled"),
-        (not g.methods or g.layout!='images' or cfg.data.in_chans==3, f"seg_layout = images has three channels, but representation = {cfg.data.representation} has {cfg.data.in_chans}"),
+        (not g.methods or g.layout!='images' or cfg.data.representation=='histogram', f"seg_layout = images has histograms of three channels, but representation = {cfg.data.representation}"),
         (g.classes<=g.ignore<256, f"seg_ignore = {g.ignore} should lie in {g.classes}…255: above the classes, and within a byte"),
         (0<=g.overlap<1 and 0<=g.magnitude<=30 and g.rand_ops>=0, "seg_overlap should lie in 0…1, below 1; seg_magnitude in 0…30; seg_rand_ops be 0 or more"),
         (not g.names or len(g.names)==g.classes, f"seg_names has {len(g.names)} words for {g.classes} classes"),

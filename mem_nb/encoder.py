@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['default_cfgs', 'RGB', 'to_patches', 'from_patches', 'build_encoder', 'config_encoder', 'mem_tiny_patch4_32',
            'mem_small_patch16_224', 'mem_base_patch16_224', 'encoder_args', 'attention_maps', 'near_bias',
-           'encode_patches', 'sincos_positions', 'features', 'share_to_block_bias', 'resize_bias', 'of_pretraining',
+           'encode_patches', 'sincos_positions', 'features', 'share_to_block_bias', 'resize_bias', 'weights_kind',
            'read_encoder', 'check_fit', 'load_encoder', 'rgb_weights', 'from_vit']
 
 # %% ../nbs/11_encoder.ipynb #e539fdb8
@@ -257,11 +257,13 @@ def _tensors(weights):
     try: return load_state_dict(str(path), weights_only=True)
     except Exception as e: raise ValueError(f"{path} holds no readable weights ({e})") from None
 
-def of_pretraining(
-    weights:str|Path|dict,  # file, or tensors by name
-) -> bool:
-    "Are these the weights of a whole pretraining model, the encoder one part of them?"
-    return any(k.startswith('encoder.') for k in _tensors(weights))
+def weights_kind(
+    weights:str|Path|dict,  # file, folder, or tensors by name
+) -> str:                   # pretraining, encoder or vit
+    "Whose weights these are: of a whole pretraining model, of an encoder of this project, or of a plain ViT."
+    names = _tensors(weights)
+    if any(k.startswith('encoder.') for k in names): return 'pretraining'
+    return 'encoder' if any('gamma_' in k or k.endswith(_TABLE) for k in names) else 'vit'
 
 def read_encoder(
     weights:str|Path|dict,  # file or folder of a pretraining run or of an encoder, or its tensors by name

@@ -22,7 +22,7 @@ from .datasets import prepared, store_path
 from .data import eval_batches, make_frames, num_steps, train_batches
 from .metrics import accuracy_metrics
 from .splits import check_labels, check_overlap, draw_labels, label_subset, save_list
-from .encoder import config_encoder, from_vit, load_encoder, rgb_weights
+from .encoder import config_encoder, from_vit, load_encoder, read_encoder, rgb_weights, weights_kind
 from .shard import first_says, row_before, rows_of_all
 from .state import is_parted, load_weights, save_weights, step_settings, weights_file, weights_hash, write_json
 from .train import cosine_schedule, fit
@@ -117,7 +117,8 @@ def pretrained_path(cfg):
 
 def rgb_start(cfg):
     "Does finetuning start from supervised RGB weights, without events seen before?"
-    return cfg.pretrain.pretrained and cfg.pretrain.skip and not cfg.finetune.checkpoint
+    p = cfg.pretrain
+    return p.pretrained and p.skip and not cfg.finetune.checkpoint and (not p.checkpoint or weights_kind(p.checkpoint)=='vit')
 
 def start_from(
     cfg:Config,        # as pretrained
@@ -272,6 +273,7 @@ def check_finetune(
     check_labels(train, val, c.labels, c.seeds)
     check_overlap(train.folder, val.folder, 'training', c.allow_overlap)
     if 'pretrained' not in c.methods or rgb_start(cfg): return
+    if c.checkpoint or cfg.pretrain.skip: read_encoder(pretrained_path(cfg))
     seen = pretraining_store(cfg)
     if seen is None: print(f"nobody noted what {pretrained_path(cfg)} was pretrained on; that it never saw these validation recordings cannot be checked")
     elif seen!=train.folder: check_overlap(seen, val.folder, 'pretraining', c.allow_overlap)

@@ -136,7 +136,9 @@ def run_attention(
 ):                     # the figure
     "Where one patch of a recording looks."
     cfg = run_config(run)
-    encoder,frame,patch = _encoder(cfg),some_frames(cfg, 16)[sample],patch or tuple(g//2 for g in cfg.grid)
+    encoder,frames,patch = _encoder(cfg),some_frames(cfg, 16),patch or tuple(g//2 for g in cfg.grid)
+    if not 0<=sample<len(frames): raise ValueError(f"sample = {sample} should lie in 0…{len(frames)-1}")
+    frame = frames[sample]
     return show_attention(frame, attention_from(encoder, frame, patch, block), patch, f'block {range(len(encoder.blocks))[block]}: from the star')
 
 def run_bias(
@@ -155,7 +157,7 @@ def run_neighbours(
     "Which recordings the encoder finds alike."
     cfg = run_config(run)
     frames,encoder = some_frames(cfg, most),_encoder(cfg)
-    own = torch.from_numpy(np.linspace(0, len(frames)-1, queries).astype(int))
+    own,k = torch.from_numpy(np.unique(np.linspace(0, len(frames)-1, queries).astype(int))),min(k, len(frames)-1)
     with torch.no_grad(): vectors = torch.cat([features(encoder, f) for f in frames.split(64)])
     index,alike = nearest(vectors[own], vectors, k+1)
     return show_neighbours(frames[own], frames, index[:,1:], alike[:,1:])        # the first is the query itself

@@ -162,7 +162,7 @@ def load_original(
     try:
         found,state = original_weights(saved, ema)
         if kind not in (None, found): raise ValueError(f"it is of kind {found}, not {kind}")
-        if size is None and not any(k.endswith(_INDEX) for k in state): size = _told_size(saved)   # an index tells it by itself
+        if size is None: size = _told_size(saved, state)
         model = original_model(found, state, size, heads, decoder_heads)
         state = our_names(found, state, model)
     except ValueError as e: raise ValueError(f"{path}: {e}") from None
@@ -170,7 +170,12 @@ def load_original(
     model.load_state_dict(state)
     return model.eval()
 
-def _told_size(saved):
-    "Frame size in the arguments beside the weights; None where they do not tell."
+def _told_size(saved, state):
+    "Frame size in the arguments beside the weights; None where they do not tell, or the tensors do."
     args = vars(saved['args']) if isinstance(saved.get('args'), argparse.Namespace) else {}
-    return (args['input_H'],args['input_W']) if {'input_H','input_W'} <= args.keys() else None
+    size = args.get('input_H'),args.get('input_W')
+    if any(k.endswith(_INDEX) for k in state) or not all(isinstance(s, int) and s>0 for s in size): return None
+    table,conv = next((v for k,v in state.items() if k.endswith(_TABLE)), None),state.get('patch_embed.proj.weight')
+    if table is None or conv is None: return size
+    h,w = (s//conv.shape[-1] for s in size)
+    return size if len(table)==(2*h-1)*(2*w-1)+3 else None

@@ -24,7 +24,7 @@ from .config import Config, DataConfig
 from .store import EventStore
 from .datasets import prepared
 from .data import eval_batches, make_frames, num_steps, train_batches
-from .encoder import (config_encoder, encode_patches, from_patches, from_vit, load_encoder, of_pretraining, rgb_weights,
+from .encoder import (config_encoder, encode_patches, from_patches, from_vit, load_encoder, rgb_weights, weights_kind,
                             sincos_positions, to_patches)
 from .masking import make_masks, patch_events
 from .probes import knn_signal
@@ -289,8 +289,10 @@ def build_model(
              MaskedEventModel(encoder, cfg.tokenizer.num_tokens, p.contrast>0))
     if not p.hidden:                                                # what answers about hidden patches stays as it is
         for name,q in model.named_parameters(): q.requires_grad = name.startswith(('encoder','project') if p.mae else ('encoder','project','mask_token'))
-    if p.pretrained and not (p.checkpoint and of_pretraining(p.checkpoint)): load_encoder(encoder, from_vit(p.checkpoint or rgb_weights(encoder), encoder))
-    elif p.checkpoint: load_weights(model, p.checkpoint)
+    kind = weights_kind(p.checkpoint) if p.checkpoint else 'vit'
+    if kind=='encoder': load_encoder(encoder, p.checkpoint); print(f"{p.checkpoint} is an encoder alone; what answers about hidden patches is new")
+    elif kind=='pretraining' or not p.pretrained and p.checkpoint: load_weights(model, p.checkpoint)
+    elif p.pretrained: load_encoder(encoder, from_vit(p.checkpoint or rgb_weights(encoder), encoder))
     return model
 
 def pretrain_optimizer(

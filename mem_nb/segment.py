@@ -311,11 +311,11 @@ def check_segment(
     "Pack the labelled data, and refuse what some training of `segment` would refuse; also before the pretraining."
     g = cfg.segment
     if not g.methods: raise ValueError("seg_methods is empty; set it to pretrained, scratch, or both")
-    frames_a_pass(g)
-    folder = labelled(cfg)
+    label_batches(None, np.arange(1), frames_a_pass(g), 0, 1)               # shared by all processes
+    model,folder = build_segmenter(cfg),labelled(cfg)
     train,val = LabelledSet(folder),LabelledSet(folder, 'val')
     for n in g.labels: frame_subset(len(train), n, 0)
-    if 'pretrained' in g.methods and (ready or g.checkpoint or cfg.pretrain.skip): load_backbone(build_segmenter(cfg), start_path(cfg), cfg.grid)
+    if 'pretrained' in g.methods and (ready or g.checkpoint or cfg.pretrain.skip): load_backbone(model, start_path(cfg), cfg.grid)
     return train, val
 
 def segment(

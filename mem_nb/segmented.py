@@ -8,7 +8,7 @@ __all__ = ['MOST_EMPTY', 'recording_windows', 'Sequence', 'predict_windows', 'pr
            'worst_frames']
 
 # %% ../nbs/14b_segmented.ipynb #358fdf9c
-import time
+import re, time
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -162,16 +162,19 @@ def write_windows(
     names:list,           # of the classes
     opacity:float=.45,    # of the classes in the film
 ) -> int:                 # how many windows
-    "Write `<µs>.png` label maps, `overlay.gif`, and `classes.txt` with the colours; maps of an earlier prediction go."
+    "Write `<µs>.png` label maps, their names in `.written.txt`, `overlay.gif`, and `classes.txt` with the colours; maps of an earlier prediction go."
     folder,n,film = Path(folder),len(names),Film()
     folder.mkdir(parents=True, exist_ok=True)
-    old = {p.name for p in folder.glob('*.png') if p.stem.isdecimal()} if (folder/'classes.txt').is_file() else set()
-    for frames,maps,ends in parts:
-        for f,m,t in zip(frames, maps, ends):
-            with atomic(folder/f'{t}.png') as tmp: Image.fromarray(m).save(tmp, format='png')
-            film.add(overlay(f, m, n, opacity))
-            old.discard(f'{t}.png')
-    for name in old: (folder/name).unlink()
+    note,new = folder/'.written.txt',[]
+    with open(note, 'a+') as listed:                       # whatever is written is listed before, also where this is interrupted
+        listed.seek(0); old = {name for name in listed.read().split() if re.fullmatch(r'\d+\.png', name)}
+        for frames,maps,ends in parts:
+            listed.write(''.join(f'{t}.png\n' for t in ends)); listed.flush()
+            for f,m,t in zip(frames, maps, ends):
+                with atomic(folder/f'{t}.png') as tmp: Image.fromarray(m).save(tmp, format='png')
+                film.add(overlay(f, m, n, opacity)); new.append(f'{t}.png')
+    for name in old-set(new): (folder/name).unlink(missing_ok=True)
+    write_whole(note, ''.join(f'{name}\n' for name in new))
     write_gif(film.pictures, folder/'overlay.gif')
     write_whole(folder/'classes.txt', ''.join(f'{i} {name} {to_hex(c)}\n' for i,(name,c) in enumerate(zip(names, class_colors(n)))))
     return film.seen
@@ -194,7 +197,7 @@ def predict(
     g = cfg.segment
     if not g.methods: raise ValueError("seg_methods is empty; set it to what was trained: pretrained or scratch")
     model = load_segmenter(cfg, g.methods[0], g.labels[0], g.seeds[0]).to(pick_device(cfg.run.device))
-    size = given_sensor(cfg) or recording_size(recording) or known_sensor(cfg)
+    size = recording_size(recording) or known_sensor(cfg) or given_sensor(cfg)
     where,began = Path(recording).resolve(),time.time()
     folder = Path(out or cfg.folder/'segment'/'predictions'/f'{where.parent.name}-{where.stem}')
     parts = tqdm(predict_windows(model, recording, cfg.data, g.window_us, size, g.rows, g.overlap), desc='predict', unit=' batches', mininterval=1)

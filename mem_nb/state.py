@@ -93,7 +93,7 @@ def read_weights(
     if not path.is_file(): raise FileNotFoundError(f"no weights at {str(path)!r}; has the step before this one run?")
     try: return read_state(path)['model'] if path.suffix=='.pt' else load_file(path)
     except Exception as e:
-        advice = "read a checkpoint of the original with `load_original`" if path.suffix in ('.pt','.pth') else "give another, or train again into another folder"
+        advice = "read a checkpoint of the original with `load_original`" if path.suffix in ('.pt','.pth') and path.parent.name!='last' else "give another, or train again into another folder"
         raise ValueError(f"{path} is no readable file of weights ({e}); {advice}") from None
 
 def load_weights(
@@ -111,6 +111,7 @@ def load_weights(
 
 def weights_hash(path) -> str:
     "A fingerprint of a file of weights, or of a step's final ones, 12 hexadecimal digits; '' where there is none."
+    if not path: return ''
     file = weights_file(path)
     return hashlib.sha256(file.read_bytes()).hexdigest()[:12] if file.is_file() else ''
 

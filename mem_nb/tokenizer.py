@@ -253,7 +253,8 @@ def load_tokenizer(
     "A trained EventVAE; raises FileNotFoundError where there is none, ValueError where it is of another configuration."
     known = isinstance(source, Config)
     path = tokenizer_file(tokenizer_path(source) if known else source)
-    try: vae = build_tokenizer(source) if known else EventVAE(**guess_shape(read_weights(path)))
+    state = {} if known else read_weights(path)
+    try: vae = build_tokenizer(source) if known else EventVAE(**guess_shape(state))
     except ValueError as e: raise ValueError(f"{path}: {e}") from None
     return load_weights(vae, path).eval().requires_grad_(False)
 

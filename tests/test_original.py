@@ -118,6 +118,13 @@ def test_what_is_assumed_is_said_and_what_the_arguments_tell_is_believed(tmp_pat
     assert again.encoder.patch_embed.grid_size==(2,8)      # 16 positions alone would be a square
     with warnings.catch_warnings(action='error'): assert load_original(tmp_path/'c.pth', heads=4).encoder.blocks[0].attn.num_heads==4
 
+@pytest.mark.parametrize('told', [dict(input_H=None, input_W=None), dict(input_H='32', input_W='32'), dict(input_H=240, input_W=180), {}])
+def test_arguments_that_tell_nothing_or_something_else_are_passed_over(tmp_path, told):
+    m = spread(MaskedEventModel(build_encoder((32,32), 8, **tiny), 16))
+    state = {k.removeprefix('encoder.').replace('head.', 'lm_head.'):v for k,v in m.state_dict().items() if not k.endswith('index')}
+    torch.save(dict(model=state, args=argparse.Namespace(**told)), tmp_path/'c.pth')
+    assert load_original(tmp_path/'c.pth').encoder.patch_embed.grid_size==(4,4)
+
 @pytest.mark.parametrize('size', [(16,32), (40,16), (8,32), (32,8), (8,8)])
 def test_the_grid_is_read_off_the_position_index(size):
     index = build_encoder(size, 8, **tiny).rel_pos_bias.relative_position_index

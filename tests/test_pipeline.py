@@ -159,6 +159,12 @@ def test_a_run_is_a_start_by_its_folder_and_what_it_saw_is_known(whole):
     assert len({pretrained_path(c) for c in same})==1 and {pretraining_store(c) for c in same}=={store_path(same[0])}
     assert len({weights_hash(c.finetune.checkpoint) for c in same})==1
 
+def test_weights_that_are_not_there_are_missed_before_the_pretraining(whole):
+    folder,_ = whole
+    with pytest.raises(FileNotFoundError, match='nowhere'): command('run', conf(folder), ['expname=missing', 'class_checkpoint=nowhere'])
+    assert not (folder/'runs'/'missing'/'tokenizer').exists()
+    assert weights_hash('')==''
+
 def test_mistakes_at_the_command_line_are_one_sentence(tmp_path):
     for args,said in [(['pretran','x.conf'], 'unknown step'), (['run','nowhere.conf'], 'no configuration file'), (['run','configs/demo.conf','pt_epoch=1'], "did you mean 'pt_epochs'")]:
         done = python(*MEM_NB, *args)
@@ -172,3 +178,12 @@ def test_help_teaches_and_needs_no_heavy_import():
     done = python('-X', 'importtime', *MEM_NB, '--help')
     assert done.returncode==0 and all(s in done.stdout for s in STEPS) and 'pt_lr=1e-3' in done.stdout
     assert ' torch\n' not in done.stderr and ' timm\n' not in done.stderr
+
+def test_each_look_inside_is_a_call_on_the_folder_of_a_run(whole):
+    import matplotlib.pyplot as plt
+    from mem_nb.inside import run_attention, run_bias, run_neighbours, run_strip
+    run = whole[0]/'runs'/'tiny'
+    for look in (run_attention, run_bias, run_neighbours, run_strip):
+        assert look(run).axes; plt.close('all')
+    with pytest.raises(ValueError, match='sample = 99 should lie in'): run_attention(run, 99)
+    with pytest.raises(FileNotFoundError, match='no run.conf'): run_bias(run.parent)

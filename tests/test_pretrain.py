@@ -4,6 +4,7 @@ import numpy as np, pytest, torch, torch.nn.functional as F
 from mem_nb.config import parse_config
 from mem_nb.datasets import prepare
 from mem_nb.store import EventStore
+from mem_nb.finetune import rgb_start
 from mem_nb.encoder import build_encoder, config_encoder, from_patches, from_vit, load_encoder, to_patches
 from mem_nb.pretrain import (MaskedAutoencoder, MaskedEventModel, build_model, frozen_tokens, hidden_pixels, masked_accuracy,
                              masked_loss, pixel_loss, pretrain, pretrain_optimizer, pretrain_task, strip, strip_figure)
@@ -195,6 +196,16 @@ def test_a_pretraining_that_began_from_rgb_goes_on_from_its_own_weights(root, tm
     save_weights(mine, tmp_path/'own.safetensors')
     again = build_model(cfg)
     assert all(torch.equal(v, again.state_dict()[k]) for k,v in mine.state_dict().items())
+
+def test_an_encoder_alone_is_a_start_too(root, tmp_path, capsys):
+    "As `save_pretrained` writes it."
+    cfg = configure(root, f'pt_checkpoint={tmp_path}')
+    torch.manual_seed(1)
+    mine = config_encoder(cfg)
+    save_weights(mine, tmp_path/'model.safetensors')
+    again = build_model(cfg)
+    assert all(torch.equal(v, again.encoder.state_dict()[k]) for k,v in mine.state_dict().items()) and 'encoder alone' in capsys.readouterr().out
+    assert rgb_start(configure(root, 'pretrained=1', 'pt_skip=1')) and not rgb_start(configure(root, 'pretrained=1', 'pt_skip=1', f'pt_checkpoint={tmp_path}'))
 
 def test_without_validation_recordings(root):
     cfg = configure(root, 'expname=noval', 'val_fraction=0', 'pt_epochs=1')
