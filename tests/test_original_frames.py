@@ -234,7 +234,8 @@ def test_operations_on_bytes_are_the_originals(shared, name):
     for key in keys:
         _,_,index,sign,image = key.split('/')
         out = level_op(torch.tensor(golden[image]), name, int(index[1:])/30*(-1 if sign=='-' else 1))
-        assert torch.equal(out, torch.tensor(golden[key])), key
+        apart = (out.int()-torch.tensor(golden[key]).int()).abs()      # where pixels are interpolated, a processor's own rounding may move a byte by one
+        assert apart.max()<=(name in ('ShearX','ShearY','Rotate')) and (apart>0).float().mean()<=1e-3, key
     assert keys
 
 def test_randaugment_is_the_originals(shared):
