@@ -78,11 +78,12 @@ def read_state(
     except Exception as e: raise ValueError(f"{path} is no readable training state ({type(e).__name__}: {str(e).splitlines()[0]})") from None
 
 def weights_file(
-    path:str|Path,  # file, or the folder of a step, from `save_pretrained`, or of a run that has pretrained
-) -> Path:          # the file; of a folder without one, the folder
+    path:str|Path,        # file, or the folder of a step, of a run, or from `save_pretrained`
+    step:str='pretrain',  # of a run, which step's
+) -> Path:                # the file; of a folder without one, the folder
     "Where the weights lie."
     path = Path(path)
-    inside = [path/name for name in ('final.safetensors','model.safetensors','pretrain/final.safetensors')] if path.is_dir() else []
+    inside = [path/name for name in ('final.safetensors','model.safetensors',f'{step}/final.safetensors')] if path.is_dir() else []
     return next((file for file in inside if file.is_file()), path)
 
 def read_weights(

@@ -20,7 +20,7 @@ from .store import EventStore
 from .datasets import prepared
 from .data import eval_batches, make_frames, num_steps, train_batches
 from .shard import summed
-from .state import read_weights
+from .state import read_weights, weights_file
 from .train import fit, load_weights, step_seed, step_settings, weights_hash
 from .codes import best_codes, draw_codes, gumbel_weights, kl_to_uniform, usage_loss
 from .upsample import Upsample, pointwise
@@ -226,9 +226,9 @@ def build_tokenizer(
     t = cfg.tokenizer
     return EventVAE(cfg.data.in_chans, t.num_tokens, t.emb_dim, t.hidden_dim, t.num_layers, t.num_resnet_blocks, cfg.grid)
 
-def guess_shape(state):
+def guess_shape(state, where='these weights'):
     "Arguments of `EventVAE` read off its weights; ValueError where they are none of a tokenizer."
-    if lost := [k for k in ('codebook.weight','encoder.0.0.weight') if k not in state]: raise ValueError(f"these are no weights of a tokenizer; missing: {', '.join(lost)}")
+    if lost := [k for k in ('codebook.weight','encoder.0.0.weight') if k not in state]: raise ValueError(f"{where}: no weights of a tokenizer; missing: {', '.join(lost)}")
     (k,d),(width,chans) = state['codebook.weight'].shape,state['encoder.0.0.weight'].shape[:2]
     count = lambda name: sum(key.startswith('encoder.') and key.endswith(name) for key in state)
     blocks,layers = count('net.0.weight'),count('.0.weight')-count('net.0.weight')
@@ -238,10 +238,8 @@ def tokenizer_file(
     path:str|Path,  # weights, or the folder of a tokenizer, of a run, or from `save_pretrained`
 ) -> Path:          # the file of the weights
     "Raises FileNotFoundError where there are none, ValueError for a pickle."
-    path = Path(path)
-    inside = [path/name for name in ('final.safetensors','tokenizer/final.safetensors','model.safetensors')] if path.is_dir() else [path]
-    found = next((file for file in inside if file.is_file()), None)
-    if found is None: raise FileNotFoundError(f"no tokenizer at {str(path)!r}; run `mem_nb tokenizer` with this configuration first, or give "
+    found = weights_file(path, 'tokenizer')
+    if not found.is_file(): raise FileNotFoundError(f"no tokenizer at {str(path)!r}; run `mem_nb tokenizer` with this configuration first, or give "
                                               "vae_checkpoint the weights, the folder of a tokenizer or that of a run")
     if found.suffix in ('.pt','.pth') and found.name not in ('state.pt','before.pt'): raise ValueError(f"{found} is a pickle; read a checkpoint of the original with `load_original` (notebook 13c) "
                                                         "and give vae_checkpoint what `save_weights` makes of it")
@@ -253,9 +251,7 @@ def load_tokenizer(
     "A trained EventVAE; raises FileNotFoundError where there is none, ValueError where it is of another configuration."
     known = isinstance(source, Config)
     path = tokenizer_file(tokenizer_path(source) if known else source)
-    state = {} if known else read_weights(path)
-    try: vae = build_tokenizer(source) if known else EventVAE(**guess_shape(state))
-    except ValueError as e: raise ValueError(f"{path}: {e}") from None
+    vae = build_tokenizer(source) if known else EventVAE(**guess_shape(read_weights(path), path))
     return load_weights(vae, path).eval().requires_grad_(False)
 
 def tokenizer_path(cfg):

@@ -156,20 +156,6 @@ def test_which_events_count_does_not_depend_on_how_they_are_carried():
     assert sorted(zip(*one[2].nonzero().T.tolist()))==sorted({(int(e['y']),int(e['x'])) for e in bright})
 
 # ---- the original's values
-def nearly(name, out, want):
-    "To the last digit; where pixels are interpolated, a processor's own rounding may move one of a thousand bytes by one."
-    apart = np.abs(out.astype(int)-want.astype(int))
-    return apart.max()<=(name in ('ShearX','ShearY','Rotate')) and (apart>0).mean()<=1e-3
-
-def test_operations_on_bytes_are_the_originals_to_the_last_digit(shared):
-    golden,tried = np.load(shared/'golden'/'randaug.npz'),0
-    for key in (k for k in golden if k.startswith('out/')):
-        _,name,index,sign,image = key.split('/')
-        out = level_op(torch.tensor(golden[image])[None], name, int(index[1:])/30*(1 if sign=='+' else -1))[0]
-        assert nearly(name, out.numpy(), golden[key]), key
-        tried += 1
-    assert tried>50
-
 def test_rand_augment_on_bytes_is_the_originals_to_the_last_digit(shared):
     golden = np.load(shared/'golden'/'randaug.npz')
     for seed in range(24):
