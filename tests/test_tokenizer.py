@@ -298,8 +298,8 @@ def test_the_shape_is_read_off_the_weights(tmp_path, shape):
     again = load_tokenizer(tmp_path/'w.safetensors')
     assert {k:v.shape for k,v in again.state_dict().items()} == {k:v.shape for k,v in vae.state_dict().items()}
 
-def test_after_a_loss_that_is_no_number_the_way_on_can_be_gone(digits, tmp_path, monkeypatch):
-    words,calls = [f'data_path={digits}', f'runs_dir={tmp_path}', 'vae_epochs=2', 'save_minutes=1e-6'],[]
+def test_after_a_loss_that_is_no_number_the_way_on_can_be_gone(tmp_path, monkeypatch):
+    words,calls = [f'data_path={tmp_path}/digits', f'runs_dir={tmp_path}', 'vae_epochs=2', 'save_minutes=1e-6'],[]
     def bad(*args, **kwargs):
         calls.append(1)
         loss,metrics = tokenizer_loss(*args, **kwargs)
