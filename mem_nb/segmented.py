@@ -94,9 +94,12 @@ def predict_recording(
 def class_colors(
     n:int,           # classes
 ) -> np.ndarray:     # `(n, 3)` in 0…1
-    "A colour for each class; the first, which is mostly the ground, is grey."
-    first = [to_rgb(c) for c in ('#c8c8c8',*LINES)]
-    return np.array(first[:n]) if n<=len(first) else np.concatenate([first, token_colors(n-len(first))])
+    "A colour for each class, unlike the others; the first, which is mostly the ground, is grey."
+    colors,more = np.array([to_rgb(c) for c in ('#c8c8c8',*LINES)][:n]),token_colors(256)
+    while len(colors)<n:
+        unlike = np.linalg.norm(more[:,None]-colors, axis=2).min(1)
+        colors = np.concatenate([colors, more[[unlike.argmax()]]])
+    return colors
 
 def overlay(
     frame,               # `(C, H, W)`
