@@ -258,6 +258,8 @@ class SegmentConfig:
     flip:float = 0.5             # probability of a flip along x, of frame and labels together
     rand_ops:int = 2             # photometric operations of RandAugment a frame; 0: none
     magnitude:int = 10           # their strength is uniform in 0…magnitude, of 30
+    paste:float = 0.             # share of frames that things of another frame are copied into, labels and all; 0: none
+    paste_classes:tuple = ()     # which classes are things; empty: all but the first
     validate_every:int = 0       # steps between two validations; 0: ten in all
     save_ckpt_freq:int = 2000    # steps between two saved states (save_minutes may come first)
     original:bool = False        # as the original: frames squeezed to 512×512, times 255, polarities swapped
@@ -265,7 +267,7 @@ class SegmentConfig:
 
     choices = dict(layout=('recordings','dsec','images'), finest=(4,2,1), norm=('batch','group'), loss=('ce','focal','dice'))
     positive = ('classes','window_us','width','aux_width','steps','batch_size','update_freq','lr','power','save_ckpt_freq')
-    unit = ('dropout','ema_decay','layer_decay','scratch_layer_decay','flip')
+    unit = ('dropout','ema_decay','layer_decay','scratch_layer_decay','flip','paste')
 
 # %% ../nbs/00_settings.ipynb #3a26ca3b
 @dataclass
