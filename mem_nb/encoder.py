@@ -300,7 +300,7 @@ def load_encoder(
     if grid is not None and tuple(grid)!=new_grid: state = _resize_positions(state, grid, new_grid)
     if 'norm.weight' not in want:                         # a classifier norms the mean, by a norm of its own
         state = {k:v for k,v in state.items() if not k.startswith('norm.')}
-    own = ('head.', 'fc_norm.') if 'fc_norm.weight' not in state else 'head.'
+    own = ('head.', 'fc_norm.', 'patch_embed.stem.') if 'fc_norm.weight' not in state else ('head.', 'patch_embed.stem.')
     absolute = ". They have absolute positions, as pretrained = 1 gives them" if 'pos_embed' in state and 'pos_embed' not in want else ''
     check_fit(state, {k:v for k,v in want.items() if not k.startswith(own)}, 'these weights' if isinstance(weights, dict) else weights,
               "Use the configuration that they were pretrained with (in Python, where only the frame size differs, pass their grid)"+absolute)

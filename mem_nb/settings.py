@@ -235,6 +235,7 @@ class SegmentConfig:
     overlap:float = 0.33         # share of a window that its neighbour sees, too
     blocks:tuple = (9,10,11,12)  # four features, after these blocks; the last is the encoder's last
     finest:int = 4               # the finest of four levels is so many times as fine as the patches: 4, 2 or 1
+    stem:int = 0                 # channels of convolutions beside the patches, new in segmentation; 0: none
     width:int = 512              # channels of the decoder
     aux_width:int = 256          # channels of the auxiliary head
     aux_weight:float = 0.4       # weight of its loss; 0: no such head

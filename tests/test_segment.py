@@ -14,7 +14,7 @@ from mem_nb.overlap import SegmentationScore, boundary_f, boundary_counts, confu
 from mem_nb.pipeline import command, steps_of
 from mem_nb.pyramid import build_segmenter, load_backbone, original_backbone, original_input, segmenter_optimizer
 from mem_nb.scenes import CLASSES, PATTERNS, Thing, World, film, paint, simulate_scenes
-from mem_nb.segment import load_segmenter, pixel_loss, poly_schedule, predict_frames, same_place, segment, window_places
+from mem_nb.segment import load_segmenter, paste_things, pixel_loss, poly_schedule, predict_frames, same_place, segment, window_places
 from mem_nb.segmented import Film, predict_recording, recording_windows
 from mem_nb.state import read_log, read_state
 from mem_nb.status import finished, run_status
@@ -341,6 +341,23 @@ def test_group_norm_lets_one_frame_stand_alone(here):
     with pytest.raises(ValueError, match='seg_norm = group'): segment(cfg_of('seg_batch_size=1', 'expname=one', 'seg_methods=scratch'))
 
 # ---- what training keeps
+@pytest.mark.parametrize('patch', [2,4,8,16])
+def test_convolutions_stand_beside_the_patches(here, patch):
+    cfg = cfg_of(f'num_layers={patch.bit_length()-1}', 'seg_stem=8', 'num_mask_patches=4')
+    model,bare = build_segmenter(cfg).eval(),build_encoder((64,96), patch, 3, 24, 4, 2)
+    with torch.no_grad(): bare.rel_pos_bias.relative_position_bias_table.normal_()
+    load_backbone(model, bare.state_dict(), cfg.grid)                  # a pretraining knows of no stem
+    x,embed = torch.rand(2,3,64,96),model.encoder.patch_embed
+    with torch.no_grad():
+        assert torch.allclose(embed(x)-bare.patch_embed(x), embed.stem(x).flatten(2).transpose(1,2), atol=1e-5)
+        said = model(x); embed.stem[-1].weight.zero_(); embed.stem[-1].bias.zero_()
+        assert not torch.allclose(said, model(x)) and torch.equal(embed(x), bare.patch_embed(x))
+    groups = segmenter_optimizer(model, 1., .05, .5).param_groups
+    rate = {id(p):g.get('lr_scale', 1.) for g in groups for p in g['params']}
+    assert {rate[id(p)] for p in embed.stem.parameters()}=={1.} and rate[id(embed.proj.weight)]==.5**5 and len(rate)==sum(len(g['params']) for g in groups)==len(list(model.parameters()))
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in build_segmenter(cfg_of('seg_stem=8', 'seg_norm=group')).modules())
+    with pytest.raises(ValueError, match='seg_stem'): cfg_of('seg_stem=8', 'seg_original=1')
+
 def test_flips_move_labels_and_events_together(here):
     data = LabelledSet(labelled(cfg_of()))
     b = data.batch(range(4))
@@ -352,6 +369,26 @@ def test_flips_move_labels_and_events_together(here):
     half = [same_place(frames[s], b.maps[s], (48,64), .5, s, 4, g()) for s in (slice(0,2),slice(2,4))]    # two processes cut and flip as one
     whole = same_place(frames, b.maps, (48,64), .5, slice(0,4), 4, g())
     assert torch.equal(torch.cat([h[0] for h in half]), whole[0]) and torch.equal(torch.cat([h[1] for h in half]), whole[1])
+
+def test_things_are_copied_with_their_labels():
+    g = lambda seed=3: torch.Generator().manual_seed(seed)
+    maps = torch.zeros(4, 20, 30, dtype=torch.uint8); maps[1,5:9,10:17] = 2; maps[3,0:3,0:4] = 1; maps[3,10:12] = 3; maps[:,18:] = 255
+    frames = maps[:,None].float().repeat(1,3,1,1)                     # frames that hold their own labels
+    f,m = paste_things(frames, maps, 1., (1,2), slice(0,4), 4, g())
+    assert torch.equal(f[:,1], m.float())
+    extra = lambda k,c: int((m[k]==c).sum()-(maps[k]==c).sum())
+    assert extra(2,2)==28 and extra(0,1)==12 and extra(0,3)<=0 and torch.equal(m[[1,3]]==0, maps[[1,3]]==0)   # of the one before, and no other class
+    places = [paste_things(frames, maps, 1., (2,), slice(0,4), 4, g(s))[1][2] for s in range(40)]
+    assert len({tuple(p.flatten().tolist()) for p in places})>35                                           # moved
+    own = torch.zeros(2, 8, 9); own[0,:,0],own[0,:,1] = 1,2                                                # a thing of two colours
+    sides = []
+    for s in range(20):
+        row = paste_things(own[:,None], torch.tensor([[1.,1]+[0]*7,[0]*9])[:,None].repeat(1,8,1).byte(), 1., (1,), slice(0,2), 2, g(s))[0][1,0,0].tolist()
+        sides.append((row.index(2)-row.index(1))%9)
+    assert set(sides)=={1,8}                                                                               # mirrored or not
+    few = sum(torch.equal(paste_things(frames, maps, .25, (2,), slice(0,4), 4, g(s))[1][2], maps[2]) for s in range(200))
+    assert 130<few<170 and torch.equal(paste_things(frames, maps, 0., (1,2,3), slice(0,4), 4, g())[1], maps)
+    with pytest.raises(ValueError, match='seg_paste_classes'): parse_config(CONF, ['seg_paste_classes=6'])
 
 @pytest.mark.parametrize('kind', ['ce','focal','dice'])
 def test_the_ignored_label_never_counts(kind):
@@ -531,7 +568,7 @@ def test_two_processes_and_a_model_shared_out_take_the_steps_of_one(tmp_path, mo
     "Batch norm and group norm; killed, what is shared out goes on to the same bits."
     monkeypatch.chdir(tmp_path)
     Path('x.conf').write_text(CONF); Path('run.py').write_text(COMMAND)
-    words = 'seg_methods=scratch seg_steps=4 seg_dropout=0.2 log_every=1 seg_save_ckpt_freq=2'
+    words = 'seg_methods=scratch seg_steps=4 seg_dropout=0.2 seg_paste=0.7 seg_stem=8 log_every=1 seg_save_ckpt_freq=2'
     for norm in ('batch','group'): command('segment', 'x.conf', f'{words} seg_norm={norm} expname=one_{norm}'.split())
     env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', TQDM_DISABLE='1')
     def two(*said):
