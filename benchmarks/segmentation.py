@@ -3,7 +3,7 @@
 .venv/bin/python benchmarks/segmentation.py --jobs 2 --json benchmarks/segmentation.json
 
 The study stopped at any moment goes on with the same command; `--parts base,speed` are timings, to be run with nothing beside them.
-On a GPU: `--parts base --device cuda` (batch 16, images/s and memory).
+On a GPU: `--parts base --device cuda --json benchmarks/segmentation_gpu.json` (batch 16, images/s and memory).
 """
 import argparse, time
 from dataclasses import replace
@@ -163,6 +163,7 @@ if __name__=='__main__':
     p.add_argument('--jobs', type=int, default=1, help='trainings of the study at once')
     p.add_argument('overrides', nargs='*', metavar='KEY=VALUE', help='settings for a trial, of which no goal is asked')
     a = p.parse_args()
+    if a.device=='cuda' and (not torch.cuda.is_available() or a.parts!='base'): p.error('--device cuda needs a GPU, and --parts base')
     cfg,records,parts = load_config(a.conf, a.overrides),[],a.parts.split(',')
     if 'study' in parts:
         rows,took = study(a.conf, a.overrides, a.jobs)

@@ -300,10 +300,11 @@ def load_encoder(
     if grid is not None and tuple(grid)!=new_grid: state = _resize_positions(state, grid, new_grid)
     if 'norm.weight' not in want:                         # a classifier norms the mean, by a norm of its own
         state = {k:v for k,v in state.items() if not k.startswith('norm.')}
-    own = ('head.', 'fc_norm.', 'patch_embed.stem.') if 'fc_norm.weight' not in state else ('head.', 'patch_embed.stem.')
+    own = ('head.', *(p for p in ('fc_norm.','patch_embed.stem.') if not any(k.startswith(p) for k in state)))
+    stem = ". They have convolutions beside the patches, which only a segmentation with the same seg_stem takes" if any('patch_embed.stem.' in k for k in state) else ''
     absolute = ". They have absolute positions, as pretrained = 1 gives them" if 'pos_embed' in state and 'pos_embed' not in want else ''
     check_fit(state, {k:v for k,v in want.items() if not k.startswith(own)}, 'these weights' if isinstance(weights, dict) else weights,
-              "Use the configuration that they were pretrained with (in Python, where only the frame size differs, pass their grid)"+absolute)
+              "Use the configuration that they were pretrained with (in Python, where only the frame size differs, pass their grid)"+absolute+stem)
     model.load_state_dict(state, strict=False)
     return model
 

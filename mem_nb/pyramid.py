@@ -46,7 +46,7 @@ def to_group_norm(
 ) -> nn.Module:        # the same
     "GroupNorm for every BatchNorm: no frame depends on others of its batch, which may then be one."
     for name,child in model.named_children():
-        if isinstance(child, nn.BatchNorm2d): setattr(model, name, nn.GroupNorm(gcd(32, child.num_features//2), child.num_features))
+        if isinstance(child, nn.BatchNorm2d): setattr(model, name, nn.GroupNorm(gcd(32, max(1, child.num_features//2)), child.num_features))
         else: to_group_norm(child)
     return model
 
@@ -81,7 +81,7 @@ def conv_stem(
     blocks = [BasicBlock(width, width, act_layer=GELU) for _ in range(2)]
     coarser = [layer for _ in range(int(log2(patch))-2) for layer in conv(width, 3)]
     say = nn.Conv2d(width, out, 1)
-    with torch.no_grad(): say.weight *= .1
+    with torch.no_grad(): say.weight *= .1; say.bias.zero_()
     return nn.Sequential(*conv(chans, 7), *([nn.MaxPool2d(3, 2, 1)] if patch>2 else []), *blocks, *coarser, say)
 
 class StemmedPatches(PatchEmbed):
@@ -198,7 +198,8 @@ def segmenter_optimizer(
     "AdamW with a learning rate a layer."
     if layer_decay==1: groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=['encoder.cls_token','encoder.pos_embed'])
     else:
-        groups,stem = param_groups_layer_decay(model.encoder, weight_decay, ['cls_token','pos_embed'], layer_decay=layer_decay),getattr(model.encoder.patch_embed, 'stem', None)
+        groups = param_groups_layer_decay(model.encoder, weight_decay, ['cls_token','pos_embed'], layer_decay=layer_decay)
+        stem = getattr(model.encoder.patch_embed, 'stem', None)
         new = set() if stem is None else set(stem.parameters())
         for g in groups: g['lr_scale'] *= layer_decay; g['params'] = [p for p in g['params'] if p not in new]
         for part in (stem, model.pyramid, model.decoder, model.head, model.aux):

@@ -137,7 +137,7 @@ def check_settings(
     allow:bool=False, # only say what differs
 ):
     "Raise ValueError naming each setting that differs, or print them where that is allowed."
-    was = {k:f.default for k,(_,f) in conf_keys().items() if k in new} | old   # a key may have come after the folder was begun
+    was = {k:list(f.default) if isinstance(f.default, tuple) else f.default for k,(_,f) in conf_keys().items() if k in new} | old   # a key may have come after the folder was begun
     differ = [f'{k} was {was.get(k)!r}, is now {new.get(k)!r}' for k in sorted({*was,*new}) if was.get(k)!=new.get(k)]
     told = f"{where} was made with other settings: {'; '.join(differ)}"
     if differ and allow: print(f"{told}. allow_changes = 1: it goes on with those of now; what is finished stays", flush=True)

@@ -14,8 +14,8 @@ from mem_nb.overlap import SegmentationScore, boundary_f, boundary_counts, confu
 from mem_nb.pipeline import command, steps_of
 from mem_nb.pyramid import build_segmenter, load_backbone, original_backbone, original_input, segmenter_optimizer
 from mem_nb.scenes import CLASSES, PATTERNS, Thing, World, film, paint, simulate_scenes
-from mem_nb.segment import load_segmenter, paste_things, pixel_loss, poly_schedule, predict_frames, same_place, segment, window_places
-from mem_nb.segmented import Film, predict_recording, recording_windows
+from mem_nb.segment import frames_a_pass, load_segmenter, paste_things, pixel_loss, poly_schedule, predict_frames, same_place, segment, window_places
+from mem_nb.segmented import Film, class_colors, predict_recording, recording_windows
 from mem_nb.state import read_log, read_state
 from mem_nb.status import finished, run_status
 
@@ -357,6 +357,21 @@ def test_convolutions_stand_beside_the_patches(here, patch):
     assert {rate[id(p)] for p in embed.stem.parameters()}=={1.} and rate[id(embed.proj.weight)]==.5**5 and len(rate)==sum(len(g['params']) for g in groups)==len(list(model.parameters()))
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in build_segmenter(cfg_of('seg_stem=8', 'seg_norm=group')).modules())
     with pytest.raises(ValueError, match='seg_stem'): cfg_of('seg_stem=8', 'seg_original=1')
+    build_segmenter(cfg_of('seg_stem=1', 'seg_norm=group'))
+
+def test_weights_with_a_stem_start_another_segmentation(here):
+    model,again = (build_segmenter(cfg_of('seg_stem=8')).eval() for _ in range(2))
+    grid,x = cfg_of().grid,torch.rand(1,3,64,96)
+    load_backbone(again, model.state_dict(), grid)
+    with torch.no_grad(): assert torch.equal(again.encoder.patch_embed(x), model.encoder.patch_embed(x))
+    with pytest.raises(ValueError, match='same seg_stem'): load_backbone(build_segmenter(cfg_of()), model.state_dict(), grid)
+    with pytest.raises(ValueError, match='misshapen.*same seg_stem'): load_backbone(build_segmenter(cfg_of('seg_stem=16')), model.state_dict(), grid)
+
+@pytest.mark.parametrize('width', [8,64])
+def test_a_stem_is_quiet_at_first(here, width):
+    embed = build_segmenter(cfg_of(f'seg_stem={width}')).eval().encoder.patch_embed
+    x = torch.rand(4,3,64,96)*(torch.rand(4,3,64,96)<.2)
+    with torch.no_grad(): assert embed.stem(x).square().mean() < .3*embed.proj(x).square().mean()
 
 def test_flips_move_labels_and_events_together(here):
     data = LabelledSet(labelled(cfg_of()))
@@ -388,7 +403,16 @@ def test_things_are_copied_with_their_labels():
     assert set(sides)=={1,8}                                                                               # mirrored or not
     few = sum(torch.equal(paste_things(frames, maps, .25, (2,), slice(0,4), 4, g(s))[1][2], maps[2]) for s in range(200))
     assert 130<few<170 and torch.equal(paste_things(frames, maps, 0., (1,2,3), slice(0,4), 4, g())[1], maps)
-    with pytest.raises(ValueError, match='seg_paste_classes'): parse_config(CONF, ['seg_paste_classes=6'])
+    unlabelled = maps.clone(); unlabelled[2] = 255
+    assert torch.equal(paste_things(frames, unlabelled, 1., (1,2), slice(0,4), 4, g())[1][2], unlabelled[2])
+    for words in (['seg_paste=.5', 'seg_paste_classes=6'], ['seg_paste_classes=1']):
+        with pytest.raises(ValueError, match='seg_paste_classes'): parse_config(CONF, words)
+    with pytest.raises(ValueError, match='another frame'): frames_a_pass(parse_config(CONF, ['seg_paste=.5', 'seg_norm=group', 'seg_update_freq=4']).segment)
+
+def test_classes_have_colours_of_their_own():
+    for n in (2,6,11,19,64): assert class_colors(n).shape==(n,3) and np.array_equal(class_colors(64)[:n], class_colors(n))
+    far = np.linalg.norm(class_colors(19)[:,None]-class_colors(19), axis=2)+np.eye(19)
+    assert far.min()>.2
 
 @pytest.mark.parametrize('kind', ['ce','focal','dice'])
 def test_the_ignored_label_never_counts(kind):

@@ -147,3 +147,8 @@ def test_frames_that_change_are_named(digits, tmp_path, monkeypatch, word, named
     store = EventStore(prepared(cfg))
     check_fixed(cfg, store)
     with pytest.raises(ValueError, match=f'these change them: {named}'): check_fixed(parse_config(TINY, [*FIXED, word]), store)
+
+def test_a_folder_that_was_begun_before_a_key_came_goes_on():
+    now = step_settings(parse_config(''), 'data', 'tokenizer', 'encoder', 'pretrain', 'finetune', 'segment')
+    assert isinstance(now['seg_paste_classes'], list)
+    for late in now: check_settings({k:v for k,v in now.items() if k!=late}, now, 'here')
