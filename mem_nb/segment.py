@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['rarity_weights', 'dice_loss', 'pixel_loss', 'poly_schedule', 'window_places', 'predict_frames', 'LabelSteps',
            'label_batches', 'frame_subset', 'segmentation_score', 'score_numbers', 'frames_a_pass', 'start_path',
-           'segment_one', 'check_segment', 'segment', 'load_segmenter', 'PHOTOMETRIC', 'pad_to', 'paste_things',
-           'recolour_frames', 'same_place', 'training_pair']
+           'segment_one', 'check_segment', 'segment', 'load_segmenter', 'PHOTOMETRIC', 'pad_to', 'recolour_frames',
+           'same_place', 'training_pair']
 
 # %% ../nbs/14_segment.ipynb #880dd30e
 from dataclasses import dataclass, replace
@@ -20,11 +20,11 @@ from .state import load_weights, step_settings, weights_file, weights_hash
 from .train import fit, make_accelerator
 from .finetune import pretrained_path, run_name
 from .labelled import LabelledSet, class_names, labelled
-from .pairs import PHOTOMETRIC, pad_to, paste_things, recolour_frames, same_place, training_pair
+from .pairs import PHOTOMETRIC, pad_to, recolour_frames, same_place, training_pair
 from .pyramid import Segmenter, build_segmenter, load_backbone, segmenter_optimizer
 from .overlap import SegmentationScore
 
-_all_ = ['PHOTOMETRIC','pad_to','paste_things','recolour_frames','same_place','training_pair']   # from `pairs`
+_all_ = ['PHOTOMETRIC','pad_to','recolour_frames','same_place','training_pair']   # from `pairs`
 
 # %% ../nbs/14_segment.ipynb #c11cc0b2
 def rarity_weights(

@@ -14,7 +14,8 @@ from mem_nb.overlap import SegmentationScore, boundary_f, boundary_counts, confu
 from mem_nb.pipeline import command, steps_of
 from mem_nb.pyramid import build_segmenter, load_backbone, original_backbone, original_input, segmenter_optimizer
 from mem_nb.scenes import CLASSES, PATTERNS, Thing, World, film, paint, simulate_scenes
-from mem_nb.segment import frames_a_pass, load_segmenter, paste_things, pixel_loss, poly_schedule, predict_frames, same_place, segment, window_places
+from mem_nb.pairs import paste_things, same_place
+from mem_nb.segment import frames_a_pass, load_segmenter, pixel_loss, poly_schedule, predict_frames, segment, window_places
 from mem_nb.segmented import Film, class_colors, predict_recording, recording_windows
 from mem_nb.state import read_log, read_state
 from mem_nb.status import finished, run_status
