@@ -86,7 +86,7 @@ def conv_stem(
 
 class StemmedPatches(PatchEmbed):
     "timm's patch embedding, and a `stem` that is added to it."
-    def forward(self, frames): return super().forward(frames) + self.stem(frames).flatten(2).transpose(1,2)
+    def forward(self, frames): "`(B, C, H, W)` -> `(B, N, D)`."; return super().forward(frames) + self.stem(frames).flatten(2).transpose(1,2)
 
 def add_stem(
     encoder:Beit,  # changed in place
