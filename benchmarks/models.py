@@ -17,7 +17,7 @@ from pathlib import Path
 import torch, torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from common import machine, record, table, write
-from mem_nb.speed import compile_model, keep_memory, written_out_attention
+from mem_nb.speed import compile_model, keep_memory, quick_attention, written_out_attention
 
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 STEPS = ('vae','tokens','mem','mae','finetune')
@@ -138,7 +138,7 @@ def measure(name, batch, device, dtype, plain, repeats, compiled=False, clock=ti
     if device=='cpu' and not plain: keep_memory()                     # as the training loop does
     torch.manual_seed(0)
     loss,update = globals()[f'{name}_step'](batch, device, plain)
-    if update and device=='cpu' and dtype=='bf16': written_out_attention(update.model)       # as the training loop does
+    if update and device=='cpu' and not plain: quick_attention(update.model, dtype=='bf16')   # as the training loop does
     for m in (getattr(update, 'model', None), getattr(loss, 'tokenizer', None)):
         if compiled and m is not None: compile_model(m)
     kind = DTYPES[dtype]

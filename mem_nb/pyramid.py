@@ -13,7 +13,7 @@ from math import gcd, log2
 from pathlib import Path
 import torch, torch.nn.functional as F
 from timm.layers import GELU, PatchEmbed
-from timm.models.beit import Attention, Beit
+from timm.models.beit import Beit
 from timm.models.resnet import BasicBlock
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
@@ -21,6 +21,7 @@ from .config import Config
 from .droppath import DrawnChannels
 from .encoder import build_encoder, check_fit, load_encoder, read_encoder
 from .original import original_encoder, read_original
+from .speed import QuickAttention
 
 # %% ../nbs/13e_pyramid.ipynb #3b284246
 class Pyramid(nn.Module):
@@ -63,7 +64,7 @@ def windowed_bias(
     top = torch.cat([own, there.expand(-1,-1,n)], 2)
     return torch.cat([top, torch.cat([back.expand(-1,n,-1), inner], 2)], 1)
 
-class WindowedAttention(Attention):
+class WindowedAttention(QuickAttention):
     "timm's attention, its biases by windows; in half precision they are added as such."
     def _get_rel_pos_bias(self):
         bias,kind = windowed_bias(self.relative_position_bias_table, self.window_size)[None],self.relative_position_bias_table.device.type
@@ -126,6 +127,7 @@ class Segmenter(nn.Module):
         self.blocks,self.original,self.classes = tuple(blocks),original,classes
         if norm=='group': to_group_norm(self)
         for attn in (b.attn for b in encoder.blocks if b.attn.window_size): attn.__class__ = WindowedAttention
+        self.to(memory_format=torch.channels_last)    # a fifth faster
 
     @property
     def window(self):

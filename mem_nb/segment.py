@@ -213,7 +213,7 @@ def _loss(cfg, model, weights):
         logits,side = model.forward_both(frames)
         total = pixel_loss(logits, maps, g.loss, weights, g.ignore)
         if side is not None: total = total + g.aux_weight*pixel_loss(side, maps, 'ce', weights, g.ignore)
-        return total, dict(accuracy=counted_mean((logits.argmax(1)==maps).flatten(), (maps!=g.ignore).flatten()))
+        return total, dict(accuracy=counted_mean((logits.max(1).indices==maps).flatten(), (maps!=g.ignore).flatten()))
     return loss
 
 # %% ../nbs/14_segment.ipynb #f8e2f3f3

@@ -32,6 +32,7 @@ def share_out(
     if acc.scaler is not None: raise ValueError("shard = 1 does not go with precision = fp16; take bf16 or fp32")
     mesh,names = init_device_mesh(acc.device.type, (acc.num_processes,)),{p:n for n,p in model.named_parameters()}
     for part,root in ((model, loss), *([(ema.module,)*2] if ema else [])):
+        for p in part.parameters(): p.data = p.data.contiguous()     # what it can cut
         for v in part.state_dict().values(): dist.broadcast(v, 0)    # all begin with the weights of the first
         for m in (*blocks(part), root): fully_shard(m, mesh=mesh)
         root._get_fsdp_state()._lazy_init()      # else a block takes itself for the root, where validation calls that first

@@ -62,7 +62,7 @@ def masked_loss(
 
 def masked_accuracy(logits, tokens, mask, counts=None):
     "Share of the hidden tokens that the largest logit names; arguments as of `masked_loss`."
-    return counted_mean(logits.argmax(1)==tokens[mask], counts)
+    return counted_mean(logits.max(1).indices==tokens[mask], counts)
 
 def commonest_share(
     tokens:torch.Tensor,       # `(n,)` int64, the hidden ones of a batch

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from .config import RunConfig, Stopped, on_signals, process_rank
 from .droppath import drop_paths, paths_drawn
 from .shard import first_says, opened, share_norms, share_out
-from .speed import compile_model, cpu_has_bf16, keep_memory, written_out_attention
+from .speed import compile_model, cpu_has_bf16, keep_memory, quick_attention, written_out_attention
 from .store import locked
 from .state import (NOT_OF_THE_RESULT, TrainingState, append_log, atomic, check_settings, final_metrics, finish, has_state, is_done,
                           load_weights, put_together, read_log, rewind_log, save_weights, step_settings, tidy, weights_hash, write_json)
@@ -240,7 +240,7 @@ def _start(self:Trainer):
     "Prepare device and state; continue where a saved state lies."
     self.folder.mkdir(parents=True, exist_ok=True)
     self.acc = make_accelerator(self.run)
-    if self.acc.device.type=='cpu' and self.acc.mixed_precision=='bf16': written_out_attention(self.model)
+    if self.acc.device.type=='cpu': quick_attention(self.model, self.acc.mixed_precision=='bf16')
     self.paths = drop_paths(self.model)
     if self.acc.num_processes>1: share_norms(self.model)
     if self.run.compile: compile_model(self.model)

@@ -200,3 +200,39 @@ def test_computing_blocks_again_changes_neither_loss_nor_gradient(kind):
 def test_the_setting_reaches_the_encoder():
     text = 'input_H = 32\ninput_W = 32\nnum_mask_patches = 2\ntransformer_emb = 48\ntransformer_heads = 3\ntransformer_depth = 2\n'
     for on in (0, 1): assert config_encoder(parse_config(f'{text}transformer_checkpointing = {on}')).grad_checkpointing == bool(on)
+
+# ---- attention on a processor
+def biased(kind, dtype=torch.float32, autocast=False):
+    "Output and gradients of a block's attention: timm's own, fused or written out, or the quick one."
+    from timm.models.beit import Attention
+    from mem_nb.speed import QuickAttention, quick_attention, written_out_attention
+    torch.manual_seed(0)
+    attn = Attention(32, 4, qkv_bias=True, window_size=(3,5)).to(dtype)
+    for p in attn.parameters(): torch.nn.init.normal_(p, std=.3)
+    x,shared,own = (torch.randn(*size, dtype=dtype, requires_grad=True) for size in ((6,16,32), (4,16,16), (6,4,16,16)))
+    if kind=='written': written_out_attention(attn)
+    if kind=='quick': quick_attention(torch.nn.Sequential(attn)); assert type(attn) is QuickAttention
+    found = []
+    for bias in (None, shared, own):
+        with torch.autocast('cpu', torch.bfloat16, enabled=autocast): out = attn(x, shared_rel_pos_bias=bias)
+        out.float().square().sum().backward()
+        found += [out.detach(), *(p.grad for p in [x, *attn.parameters(), *([] if bias is None else [bias])])]
+        for p in (x, *attn.parameters()): p.grad = None
+    return found
+
+def test_quick_attention_is_timms():
+    quick = biased('quick', torch.float64)
+    for other in ('fused', 'written'):
+        for a,b in zip(quick, biased(other, torch.float64), strict=True): torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+def test_quick_attention_rounds_no_worse_in_bf16():
+    true,off = biased('fused', torch.float64),lambda kind: [float((a.double()-b).norm()/b.norm()) for a,b in zip(biased(kind, autocast=True), true, strict=True)]
+    for quick,written in zip(off('quick'), off('written'), strict=True): assert quick < 1.3*written+1e-4
+
+def test_quick_attention_leaves_looking_alone():
+    from mem_nb.speed import quick_attention
+    encoder,frames = build_encoder((16,24), 4, width=32, depth=2, heads=2).eval(),torch.rand(2, 3, 16, 24)
+    with torch.no_grad(): before = encoder.forward_features(frames)
+    names = list(encoder.state_dict())
+    quick_attention(encoder)
+    with torch.no_grad(): assert torch.equal(encoder.forward_features(frames), before) and list(encoder.state_dict())==names
