@@ -15,6 +15,7 @@ from torch import nn
 from tqdm import tqdm
 from common import asked, clock, machine, record, side_by_side, table, wall_time, write
 from mem_nb.config import load_config, parse_config
+from mem_nb.decoder import pretrain_decoder
 from mem_nb.finetune import run_name
 from mem_nb.labelled import LabelledSet, class_names, labelled
 from mem_nb.pipeline import run_step
@@ -49,7 +50,7 @@ def unet(cfg, train, val, labels, seed, lr=2e-3):
 
 class Task(NamedTuple):
     "A training that one process does."
-    method: str      # 'before' (tokenizer and pretraining), 'pretrained', 'scratch' or 'unet'
+    method: str      # 'before' (tokenizer, pretraining, perhaps the decoder's), 'pretrained', 'scratch' or 'unet'
     labels: object = ''
     seed: int = 0
     def __str__(self): return self.method if self.method=='before' else f'{self.method} {self.labels} seed {self.seed}'
@@ -59,6 +60,7 @@ def do(conf, words, task):
     cfg = load_config(conf, words)
     if task.method=='before':
         for step in ('tokenizer','pretrain'): run_step(cfg, step)
+        if cfg.segment.decoder_epochs: pretrain_decoder(cfg)
         return None
     folder = labelled(cfg)
     train,val = LabelledSet(folder),LabelledSet(folder, 'val')

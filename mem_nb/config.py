@@ -78,6 +78,8 @@ def _check_combinations(cfg, where):
         (all(s%cfg.patch==0 for s in seen), f"seg_H and seg_W, {seen[0]} and {seen[1]}, should be multiples of the patch, {cfg.patch} pixels"),
         (not g.methods or len(g.blocks)==4 and whole(*g.blocks) and 0<g.blocks[0]<=g.blocks[1]<=g.blocks[2]<=g.blocks[3]==e.depth,
          f"seg_blocks = {' '.join(map(str, g.blocks))} should be four ascending numbers of blocks, the last of them transformer_depth = {e.depth}"),
+        (whole(g.decoder_epochs, g.decoder_warmup_steps) and not (g.decoder_epochs and (g.original or tuple(seen)!=(H,W))),
+         "seg_decoder_epochs and seg_decoder_warmup_steps should be 0 or above; a decoder is pretrained on the frames of the pretraining, so with seg_decoder_epochs leave out seg_original, seg_H and seg_W"),
         (g.stem>=0 and not (g.original and g.stem), f"seg_stem = {g.stem} should be 0 (none) or a number of channels, such as 64; and 0 with seg_original = 1, whose checkpoints know of none"),
         (not g.original or g.finest==4, f"seg_finest = {g.finest}, but seg_original = 1 has 4, as the original"),
         (not g.methods or g.labels and g.seeds, "seg_labels and seg_seeds should name at least one each; to leave segmentation out, empty seg_methods"),

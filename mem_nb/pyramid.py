@@ -141,6 +141,8 @@ class Segmenter(nn.Module):
         by = dict(zip(sorted(set(self.blocks)), taken))
         return self.pyramid([by[b] for b in self.blocks])
 
+    def decode(self, frames): "`(B, C, H, W)` -> what the decoder says before the head, `(B, width, h, w)` at the grid of the finest level."; return self.decoder([frames, frames, *self.levels(frames)])
+
     def forward_both(self, frames):
         "Logits `(B, n, H, W)` of the main head and of the auxiliary one, which may be None."
         levels,large = self.levels(frames),lambda x: F.interpolate(x, frames.shape[2:], mode='bilinear', align_corners=False)
@@ -152,7 +154,7 @@ class Segmenter(nn.Module):
         return self.forward_both(frames)[0] if self.training else self._main(frames)
 
     def _main(self, frames):
-        return F.interpolate(self.head(self.decoder([frames, frames, *self.levels(frames)])), frames.shape[2:], mode='bilinear', align_corners=False)
+        return F.interpolate(self.head(self.decode(frames)), frames.shape[2:], mode='bilinear', align_corners=False)
 
 # %% ../nbs/13e_pyramid.ipynb #1493486b
 def build_segmenter(

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['rarity_weights', 'dice_loss', 'pixel_loss', 'poly_schedule', 'window_places', 'predict_frames', 'LabelSteps',
-           'label_batches', 'frame_subset', 'segmentation_score', 'score_numbers', 'frames_a_pass', 'start_path',
-           'segment_one', 'check_segment', 'segment', 'load_segmenter', 'PHOTOMETRIC', 'pad_to', 'recolour_frames',
-           'same_place', 'training_pair']
+           'label_batches', 'frame_subset', 'segmentation_score', 'score_numbers', 'frames_a_pass', 'segment_one',
+           'check_segment', 'segment', 'load_segmenter', 'PHOTOMETRIC', 'pad_to', 'recolour_frames', 'same_place',
+           'start_path', 'training_pair']
 
 # %% ../nbs/14_segment.ipynb #880dd30e
 from dataclasses import dataclass, replace
@@ -18,13 +18,14 @@ from .data import own_rows
 from .targets import counted_mean, summed
 from .state import load_weights, step_settings, weights_file, weights_hash
 from .train import fit, make_accelerator
-from .finetune import pretrained_path, run_name
+from .decoder import decoder_path, load_start, pretrain_decoder, start_path
+from .finetune import run_name
 from .labelled import LabelledSet, class_names, labelled
 from .pairs import PHOTOMETRIC, pad_to, recolour_frames, same_place, training_pair
 from .pyramid import Segmenter, build_segmenter, load_backbone, segmenter_optimizer
 from .overlap import SegmentationScore
 
-_all_ = ['PHOTOMETRIC','pad_to','recolour_frames','same_place','training_pair']   # from `pairs`
+_all_ = ['PHOTOMETRIC','pad_to','recolour_frames','same_place','start_path','training_pair']   # from `pairs` and `decoder`
 
 # %% ../nbs/14_segment.ipynb #c11cc0b2
 def rarity_weights(
@@ -187,9 +188,10 @@ def score_numbers(
 def _segment_settings(cfg, data, chosen, method, labels, seed):
     "What decides the result of one training; pretraining counts only where it is used."
     before = ('tokenizer','pretrain') if method=='pretrained' else ()
-    start = weights_hash(start_path(cfg)) if before else ''
-    return step_settings(cfg, 'data', *before, 'encoder', 'segment', data_hash=data.data_hash, subset_hash=split_hash(data.names[chosen]),
-                         start_hash=start, method=method, label_count=str(labels), segment_seed=seed)
+    start = weights_hash(decoder_path(cfg) if cfg.segment.decoder_epochs else start_path(cfg)) if before else ''
+    found = step_settings(cfg, 'data', *before, 'encoder', 'segment', data_hash=data.data_hash, subset_hash=split_hash(data.names[chosen]),
+                          start_hash=start, method=method, label_count=str(labels), segment_seed=seed)
+    return {k:v for k,v in found.items() if before or not k.startswith('seg_decoder_')}
 
 def frames_a_pass(g):
     "How many frames go through at once, of seg_batch_size and seg_update_freq; ValueError where that cannot be."
@@ -198,12 +200,6 @@ def frames_a_pass(g):
     if g.norm=='batch' and share<2: raise ValueError(f"seg_norm = batch needs 2 frames or more a pass, this is {share}; set seg_norm = group, or a larger seg_batch_size")
     if g.paste and share<2: raise ValueError(f"seg_paste = {g.paste} takes things of another frame, but one goes through at a time; take 2 frames or more a pass, or seg_paste = 0")
     return share
-
-def start_path(cfg:Config):
-    "The pretrained weights that segmentation starts from; raises ValueError where there can be none."
-    if cfg.segment.checkpoint: return weights_file(cfg.segment.checkpoint)
-    try: return pretrained_path(cfg)
-    except ValueError: raise ValueError("pt_skip = 1 trains no encoder; set pt_checkpoint or seg_checkpoint to its weights, or seg_methods = scratch") from None
 
 def _loss(cfg, model, weights):
     "What `Trainer` asks: (model, batch, step, generator) -> (loss, metrics)."
@@ -230,7 +226,7 @@ def segment_one(
     chosen = frame_subset(len(train), labels, seed)
     torch.manual_seed(seed)
     model = build_segmenter(cfg)
-    if not scratch: load_backbone(model, start_path(cfg), cfg.grid)
+    if not scratch: load_start(model, cfg)
     weights = rarity_weights(train.pixels(g.classes, g.ignore)) if g.class_weights else None
     names,settings = class_names(cfg),_segment_settings(cfg, train, chosen, method, labels, seed)
     metrics = fit(model, _loss(cfg, model, weights), label_batches(train, chosen, frames_a_pass(g), seed, cfg.data.slice_max_evs, cfg.run.num_workers),
@@ -263,6 +259,7 @@ def segment(
     "Train every combination of method, label budget and seed; finished ones are read from disk."
     g = cfg.segment
     with make_accelerator(cfg.run).main_process_first(): train,val = check_segment(cfg, True)
+    if g.decoder_epochs and 'pretrained' in g.methods: pretrain_decoder(cfg)
     records = [segment_one(cfg, train, val, m, n, s) for n in g.labels for s in g.seeds for m in g.methods]
     for r in records: print(f"{r['method']}, {r['n_labels']} labelled frames, seed {r['seed']}: mIoU {r['miou']:.3f}, accuracy {r['accuracy']:.3f}, boundary F {r['boundary_f']:.3f}")
     print(f"segmented: {cfg.folder/'segment'}")

@@ -237,6 +237,10 @@ class SegmentConfig:
     finest:int = 4               # the finest of four levels is so many times as fine as the patches: 4, 2 or 1
     stem:int = 0                 # channels of convolutions beside the patches, new in segmentation; 0: none
     width:int = 512              # channels of the decoder
+    decoder_epochs:int = 0       # passes over all recordings in which encoder and decoder learn together what is hidden, without labels; 0: none
+    decoder_batch_size:int = 16  # windows an update of that
+    decoder_lr:float = 1e-3      # its peak learning rate
+    decoder_warmup_steps:int = 50 # its steps of linear warm-up
     aux_width:int = 256          # channels of the auxiliary head
     aux_weight:float = 0.4       # weight of its loss; 0: no such head
     norm:str = 'batch'           # of pyramid and decoder: batch, or group where a process sees few frames a step
@@ -267,7 +271,7 @@ class SegmentConfig:
     checkpoint:str = ''          # start from these weights instead of the run's own encoder
 
     choices = dict(layout=('recordings','dsec','images'), finest=(4,2,1), norm=('batch','group'), loss=('ce','focal','dice'))
-    positive = ('classes','window_us','width','aux_width','steps','batch_size','update_freq','lr','power','save_ckpt_freq')
+    positive = ('classes','window_us','width','aux_width','steps','batch_size','update_freq','lr','power','save_ckpt_freq','decoder_batch_size','decoder_lr')
     unit = ('dropout','ema_decay','layer_decay','scratch_layer_decay','flip','paste')
 
 # %% ../nbs/00_settings.ipynb #3a26ca3b

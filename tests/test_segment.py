@@ -7,18 +7,22 @@ from PIL import Image
 from conftest import ROOT, SHARED
 from mem_nb.augment import flip_x
 from mem_nb.config import load_config, parse_config
-from mem_nb.encoder import build_encoder
+from mem_nb.datasets import prepared
+from mem_nb.decoder import MaskedSegmenter, decoder_path, load_decoder, pretrain_decoder
+from mem_nb.encoder import build_encoder, from_patches
 from mem_nb.formats import read_events, recording_size, write_events
 from mem_nb.labelled import LabelBatch, LabelledSet, given_sensor, known_sensor, label_path, labelled, list_labelled, pack_labelled, read_image
 from mem_nb.overlap import SegmentationScore, boundary_f, boundary_counts, confusion_matrix, overlap_scores
 from mem_nb.pipeline import command, steps_of
+from mem_nb.pretrain import HiddenTask
 from mem_nb.pyramid import build_segmenter, load_backbone, original_backbone, original_input, segmenter_optimizer
 from mem_nb.scenes import CLASSES, PATTERNS, Thing, World, film, paint, simulate_scenes
 from mem_nb.pairs import paste_things, same_place
 from mem_nb.segment import frames_a_pass, load_segmenter, pixel_loss, poly_schedule, predict_frames, segment, window_places
 from mem_nb.segmented import Film, class_colors, predict_recording, recording_windows
-from mem_nb.state import read_log, read_state
+from mem_nb.state import read_log, read_state, read_weights
 from mem_nb.status import finished, run_status
+from mem_nb.store import EventStore
 
 CONF = """
 expweek =
@@ -610,3 +614,64 @@ def test_two_processes_and_a_model_shared_out_take_the_steps_of_one(tmp_path, mo
     again = runs['cut_batch'].replace('expname=cut_batch', 'expname=killed')
     assert two('die', again).returncode and read_state(folder('killed')/'last'/'state.pt')['step']==2 and two('live', again).returncode==0
     assert (folder('killed')/'final.safetensors').read_bytes()==(folder('cut_batch')/'final.safetensors').read_bytes()
+
+# ---- the decoder's pretraining
+DENSE = 'seg_decoder_epochs=1 seg_decoder_batch_size=4 vae_skip=1 vae_checkpoint=runs/run/tokenizer/final.safetensors pt_skip=1 pt_checkpoint=runs/run/pretrain/final.safetensors'.split()
+
+def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+def test_a_segmentation_begins_from_a_pretrained_decoder(here):
+    cfg = load_config('x.conf', [*DENSE, 'expname=dense', 'seg_steps=1', 'seg_warmup_steps=0', 'seg_lr=1e-12', 'seg_weight_decay=0', 'seg_ema_decay=0'])
+    segment(cfg)
+    before,after,begun = (read_weights(cfg.folder/name) for name in ('decoder', 'segment/pretrained_8_seed0', 'segment/scratch_8_seed0'))
+    learned = [k for k in after if k.startswith(('encoder.','pyramid.','decoder.')) and 'running' not in k and 'num_batches' not in k]
+    assert any(k.startswith('decoder.') for k in learned)
+    for k in learned: torch.testing.assert_close(after[k], before[f'segmenter.{k}'], rtol=0, atol=1e-9)
+    assert all(not torch.equal(begun[k], after[k]) for k in learned if k.endswith('.weight') and k.startswith('decoder.') and after[k].ndim>1)
+    encoder = read_weights('runs/run/pretrain')
+    assert not torch.equal(before['segmenter.encoder.blocks.3.mlp.fc1.weight'], encoder['encoder.blocks.3.mlp.fc1.weight'])       # it went on learning
+    log = read_log(cfg.folder/'decoder')
+    assert log[-1]['step']==len(EventStore(prepared(cfg)))//4 and {'val_masked_accuracy','val_commonest'} <= log[-1].keys()
+
+def test_the_decoders_pretraining_goes_on_where_it_was_killed(here, monkeypatch):
+    whole,cut = (load_config('x.conf', [*DENSE, f'expname={name}', 'seg_save_ckpt_freq=1']) for name in ('whole','killed'))
+    pretrain_decoder(whole)
+    def dies(self, *args, before=HiddenTask.loss):
+        if args[2]==2: raise KeyboardInterrupt
+        return before(self, *args)
+    with monkeypatch.context() as m:
+        m.setattr(HiddenTask, 'loss', dies)
+        with pytest.raises(KeyboardInterrupt): pretrain_decoder(cut)
+    pretrain_decoder(cut)
+    assert same(*(read_weights(c.folder/'decoder') for c in (whole, cut)))
+
+def test_a_painters_decoder_paints(here):
+    cfg = load_config('x.conf', ['mae=1', 'pt_norm_pix=1', 'expname=painter', 'seg_decoder_epochs=1', 'seg_decoder_batch_size=4', 'seg_stem=8', 'seg_methods=pretrained'])
+    command('pretrain', 'x.conf', ['mae=1', 'pt_norm_pix=1', 'expname=painter', 'seg_stem=8'])
+    found = pretrain_decoder(cfg)
+    assert found['val_loss']>0 and read_weights(cfg.folder/'decoder')['answer.2.weight'].shape==(8*8*3,16)
+    assert segment(cfg)[0]['method']=='pretrained'
+
+def test_the_decoder_cannot_peek(here):
+    torch.manual_seed(0)
+    model = MaskedSegmenter(build_segmenter(load_config('x.conf', ['seg_stem=8'])), 32).eval()
+    frames,mask = torch.rand(2,3,64,96),torch.rand(2,96)<.5
+    behind = from_patches(mask[...,None].expand(-1,-1,192), (64,96))
+    with torch.no_grad(): told = [model(x, mask) for x in (frames, torch.where(behind, torch.rand_like(frames), frames), torch.where(behind, frames, torch.rand_like(frames)))]
+    assert torch.equal(told[0], told[1]) and not torch.allclose(told[0], told[2], atol=1e-4)
+    assert not model.segmenter.encoder.patch_embed._forward_hooks
+
+def test_what_the_decoders_pretraining_refuses(here):
+    for words in (['seg_decoder_epochs=-1'], ['seg_decoder_epochs=1', 'seg_H=32'], ['seg_decoder_epochs=1', 'seg_original=1']):
+        with pytest.raises(ValueError, match='seg_decoder_epochs'): load_config('x.conf', words)
+    with pytest.raises(ValueError, match='seg_decoder_lr = 0.0 should be above 0'): load_config('x.conf', ['seg_decoder_lr=0'])
+    with pytest.raises(FileNotFoundError, match='mem_nb pretrain'): pretrain_decoder(load_config('x.conf', ['expname=none', 'seg_decoder_epochs=1', *DENSE[2:4]]))
+    cfg = load_config('x.conf', [*DENSE, 'expname=dense_refused'])
+    pretrain_decoder(cfg)
+    with pytest.raises(ValueError, match='misshapen.*Remove its folder'): load_decoder(build_segmenter(replace(cfg, segment=replace(cfg.segment, width=8))), decoder_path(cfg))
+    with pytest.raises(ValueError, match='seg_decoder_lr was 0.001, is now 0.002'): pretrain_decoder(replace(cfg, segment=replace(cfg.segment, decoder_lr=2e-3)))
+
+def test_what_scratch_is_does_not_ask_how_decoders_were_pretrained(here):
+    words = ['expname=only_scratch', 'seg_methods=scratch']
+    records = segment(load_config('x.conf', words))
+    assert segment(load_config('x.conf', [*words, 'seg_decoder_epochs=3']))==records
