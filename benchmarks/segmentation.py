@@ -69,7 +69,7 @@ def do(conf, words, task):
 def study(conf, words, jobs):
     "All three at every seed, `jobs` trainings at once; rows, and the record of the time. What needs no pretraining is done beside it."
     cfg,rows = load_config(conf, words),[]
-    tick = clock(kept := cfg.folder/'starts.json', jobs, len(list(cfg.folder.glob('segment/*/final.safetensors'))))
+    tick = clock(kept := cfg.folder/'starts.json', jobs, len(list(cfg.folder.glob('segment/*_*/final.safetensors'))))
     run_step(cfg, 'prepare'); labelled(cfg)
     tunings = lambda method: [Task(method, n, s) for s in cfg.segment.seeds for n in cfg.segment.labels]
     tasks = [Task('before'), *tunings('unet'), *tunings('scratch')]

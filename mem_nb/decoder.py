@@ -65,7 +65,7 @@ def start_path(cfg:Config):
     try: return pretrained_path(cfg)
     except ValueError: raise ValueError("pt_skip = 1 trains no encoder; set pt_checkpoint or seg_checkpoint to its weights, or seg_methods = scratch") from None
 
-def decoder_path(cfg:Config): "Where `pretrain_decoder` leaves its weights."; return cfg.folder/'decoder'/'final.safetensors'
+def decoder_path(cfg:Config): "Where `pretrain_decoder` leaves its weights."; return cfg.folder/'segment'/'decoder'/'final.safetensors'
 
 def build_masked(
     cfg:Config,         # encoder, seg_…
@@ -97,7 +97,7 @@ OF_THE_DECODER = ('blocks','finest','stem','width','norm','dropout','layer_decay
 def pretrain_decoder(
     cfg:Config,  # the run
 ) -> dict:       # final metrics, as of `pretrain`
-    "Encoder and decoder learn together what is hidden, without labels; writes `decoder/` in the run folder."
+    "Encoder and decoder learn together what is hidden, without labels; writes `segment/decoder/` in the run folder."
     g,p = cfg.segment,cfg.pretrain
     with make_accelerator(cfg.run).main_process_first(): task = pretrain_task(cfg)
     task.contrast,task.hidden = 0.,1.                              # it says nothing of a frame as a whole
@@ -108,7 +108,7 @@ def pretrain_decoder(
                              **{f'seg_{k}':list(v) if isinstance(v := getattr(g, k), tuple) else v for k in OF_THE_DECODER})
     judged = dict(validate=task.validate, media=lambda model: {'strip':strip_figure(task, model)}, validate_every=max(1, steps//5)) if len(task.val) else {}
     final = fit(model, task.loss, train_batches(task.train, None, g.decoder_batch_size, step_seed(cfg.run.seed, 13), cfg.data.slice_max_evs, cfg.run.num_workers), steps,
-                cfg.folder/'decoder', decoder_optimizer(model, g.decoder_lr, p.weight_decay, g.layer_decay, p.beta2),
+                decoder_path(cfg).parent, decoder_optimizer(model, g.decoder_lr, p.weight_decay, g.layer_decay, p.beta2),
                 lambda k: cosine_schedule(k, steps, g.decoder_lr, 0., g.decoder_warmup_steps), cfg.run, settings, desc='decoder', grad_clip=p.grad_clip, save_every=g.save_ckpt_freq, **judged)
     print('decoder:', *outcome(final))
     return final

@@ -121,8 +121,8 @@ def _asked(folder):
     found = [p for p in (folder/'run.conf', *sorted((folder/'slurm').glob('*.conf'), key=lambda p: -p.stat().st_mtime)) if p.is_file()]
     try: cfg = parse_config(found[0].read_text(), where=str(found[0])) if found else Config()
     except (KeyError, ValueError): cfg = Config()          # written by another version
-    count = lambda c: len(c.methods)*len(c.labels)*len(c.seeds)
-    return steps_of(cfg), dict(finetune=count(cfg.finetune), segment=count(cfg.segment))
+    count,g = lambda c: len(c.methods)*len(c.labels)*len(c.seeds),cfg.segment
+    return steps_of(cfg), dict(finetune=count(cfg.finetune), segment=count(g)+bool(g.decoder_epochs and 'pretrained' in g.methods))
 
 def watch(
     what:str,   # status, logs or cancel

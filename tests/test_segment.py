@@ -6,7 +6,7 @@ import numpy as np, pytest, torch
 from PIL import Image
 from conftest import ROOT, SHARED
 from mem_nb.augment import flip_x
-from mem_nb.config import load_config, parse_config
+from mem_nb.config import load_config, parse_config, save_config
 from mem_nb.datasets import prepared
 from mem_nb.decoder import MaskedSegmenter, decoder_path, load_decoder, pretrain_decoder
 from mem_nb.encoder import build_encoder, from_patches
@@ -623,14 +623,14 @@ def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k 
 def test_a_segmentation_begins_from_a_pretrained_decoder(here):
     cfg = load_config('x.conf', [*DENSE, 'expname=dense', 'seg_steps=1', 'seg_warmup_steps=0', 'seg_lr=1e-12', 'seg_weight_decay=0', 'seg_ema_decay=0'])
     segment(cfg)
-    before,after,begun = (read_weights(cfg.folder/name) for name in ('decoder', 'segment/pretrained_8_seed0', 'segment/scratch_8_seed0'))
+    before,after,begun = (read_weights(cfg.folder/name) for name in ('segment/decoder', 'segment/pretrained_8_seed0', 'segment/scratch_8_seed0'))
     learned = [k for k in after if k.startswith(('encoder.','pyramid.','decoder.')) and 'running' not in k and 'num_batches' not in k]
     assert any(k.startswith('decoder.') for k in learned)
     for k in learned: torch.testing.assert_close(after[k], before[f'segmenter.{k}'], rtol=0, atol=1e-9)
     assert all(not torch.equal(begun[k], after[k]) for k in learned if k.endswith('.weight') and k.startswith('decoder.') and after[k].ndim>1)
     encoder = read_weights('runs/run/pretrain')
     assert not torch.equal(before['segmenter.encoder.blocks.3.mlp.fc1.weight'], encoder['encoder.blocks.3.mlp.fc1.weight'])       # it went on learning
-    log = read_log(cfg.folder/'decoder')
+    log = read_log(cfg.folder/'segment'/'decoder')
     assert log[-1]['step']==len(EventStore(prepared(cfg)))//4 and {'val_masked_accuracy','val_commonest'} <= log[-1].keys()
 
 def test_the_decoders_pretraining_goes_on_where_it_was_killed(here, monkeypatch):
@@ -643,13 +643,13 @@ def test_the_decoders_pretraining_goes_on_where_it_was_killed(here, monkeypatch)
         m.setattr(HiddenTask, 'loss', dies)
         with pytest.raises(KeyboardInterrupt): pretrain_decoder(cut)
     pretrain_decoder(cut)
-    assert same(*(read_weights(c.folder/'decoder') for c in (whole, cut)))
+    assert same(*(read_weights(c.folder/'segment'/'decoder') for c in (whole, cut)))
 
 def test_a_painters_decoder_paints(here):
     cfg = load_config('x.conf', ['mae=1', 'pt_norm_pix=1', 'expname=painter', 'seg_decoder_epochs=1', 'seg_decoder_batch_size=4', 'seg_stem=8', 'seg_methods=pretrained'])
     command('pretrain', 'x.conf', ['mae=1', 'pt_norm_pix=1', 'expname=painter', 'seg_stem=8'])
     found = pretrain_decoder(cfg)
-    assert found['val_loss']>0 and read_weights(cfg.folder/'decoder')['answer.2.weight'].shape==(8*8*3,16)
+    assert found['val_loss']>0 and read_weights(cfg.folder/'segment'/'decoder')['answer.2.weight'].shape==(8*8*3,16)
     assert segment(cfg)[0]['method']=='pretrained'
 
 def test_the_decoder_cannot_peek(here):
@@ -675,3 +675,12 @@ def test_what_scratch_is_does_not_ask_how_decoders_were_pretrained(here):
     words = ['expname=only_scratch', 'seg_methods=scratch']
     records = segment(load_config('x.conf', words))
     assert segment(load_config('x.conf', [*words, 'seg_decoder_epochs=3']))==records
+
+def test_status_counts_the_decoder_too(here):
+    from mem_nb.pipeline import _asked
+    cfg = load_config('x.conf', [*DENSE, 'expname=counted', 'seg_steps=2', 'seg_warmup_steps=1'])
+    pretrain_decoder(cfg); save_config(cfg, cfg.folder/'run.conf')
+    steps,many = _asked(cfg.folder)
+    assert many['segment']==3 and not finished(cfg.folder, 'segment', many)
+    segment(cfg)
+    assert finished(cfg.folder, 'segment', many)
