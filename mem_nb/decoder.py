@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OF_THE_DECODER', 'patches_hidden', 'MaskedSegmenter', 'start_path', 'decoder_path', 'build_masked',
-           'decoder_optimizer', 'pretrain_decoder', 'load_decoder', 'load_start']
+           'decoder_optimizer', 'check_decoder', 'pretrain_decoder', 'load_decoder', 'load_start']
 
 # %% ../nbs/13h_decoder.ipynb #d43836f8
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from timm.layers import trunc_normal_
 from timm.models.beit import Beit
 from timm.optim import param_groups_weight_decay
 from torch import nn
-from .config import Config
+from .config import Config, process_rank
 from .data import num_steps, train_batches
 from .encoder import check_fit, from_patches
 from .finetune import pretrained_path
@@ -22,6 +22,7 @@ from .pretrain import HiddenTask, pretrain_task, strip_figure
 from .pyramid import Segmenter, build_segmenter, load_backbone, segmenter_optimizer
 from .state import read_weights, step_settings, weights_file, weights_hash
 from .targets import outcome
+from .tokenizer import load_tokenizer, tokenizer_path
 from .train import cosine_schedule, fit, make_accelerator, step_seed
 
 # %% ../nbs/13h_decoder.ipynb #089f60a5
@@ -72,10 +73,11 @@ def build_masked(
     task:HiddenTask,    # tells how long an answer is
 ) -> MaskedSegmenter:   # its encoder pretrained, its decoder new
     "What `pretrain_decoder` trains; raises FileNotFoundError where the encoder's weights are missing, ValueError where they do not fit."
-    path = start_path(cfg)
-    model = MaskedSegmenter(load_backbone(build_segmenter(cfg), path, cfg.grid), task.vae.num_tokens if task.vae else task.patch**2*cfg.data.in_chans)
-    token = read_weights(path).get('mask_token') if Path(path).suffix=='.safetensors' else None
-    if token is not None and token.shape==model.mask_token.shape: model.mask_token.data.copy_(token)    # a painter's is its decoder's
+    path,segmenter = start_path(cfg),build_segmenter(cfg)
+    torch.manual_seed(step_seed(cfg.run.seed, 13, 1))      # whatever heads the segmenter drew
+    model = MaskedSegmenter(load_backbone(segmenter, path, cfg.grid), task.vae.num_tokens if task.vae else task.patch**2*cfg.data.in_chans)
+    token = read_weights(path).get('mask_token') if task.vae and not cfg.segment.original else None      # a painter's is its decoder's
+    if token is not None: model.mask_token.data.copy_(token)
     return model
 
 def decoder_optimizer(
@@ -92,19 +94,30 @@ def decoder_optimizer(
     return optimizer
 
 # %% ../nbs/13h_decoder.ipynb #48be6c39
-OF_THE_DECODER = ('blocks','finest','stem','width','norm','dropout','layer_decay','checkpoint','decoder_epochs','decoder_batch_size','decoder_lr','decoder_warmup_steps')   # of SegmentConfig
+OF_THE_DECODER = ('blocks','finest','stem','width','norm','dropout','layer_decay','decoder_epochs','decoder_batch_size','decoder_lr','decoder_warmup_steps')   # of SegmentConfig
+
+def check_decoder(
+    cfg:Config,         # seg_decoder_…
+    ready:bool=False,   # the pretraining is done
+):
+    "Refuse what `pretrain_decoder` would refuse, also before the pretraining: ValueError, or FileNotFoundError where the tokenizer is missing."
+    g,world = cfg.segment,process_rank()[1]
+    if g.decoder_batch_size%world: raise ValueError(f"seg_decoder_batch_size = {g.decoder_batch_size} cannot be shared by {world} processes; take a multiple of {world}")
+    if g.norm=='batch' and g.decoder_batch_size//world<2: raise ValueError(f"seg_norm = batch needs 2 windows or more a process, seg_decoder_batch_size = {g.decoder_batch_size} gives {g.decoder_batch_size//world}; raise it, or set seg_norm = group")
+    if not cfg.pretrain.mae and (ready or cfg.tokenizer.skip): load_tokenizer(cfg)
 
 def pretrain_decoder(
     cfg:Config,  # the run
 ) -> dict:       # final metrics, as of `pretrain`
     "Encoder and decoder learn together what is hidden, without labels; writes `segment/decoder/` in the run folder."
     g,p = cfg.segment,cfg.pretrain
+    check_decoder(cfg, True)
     with make_accelerator(cfg.run).main_process_first(): task = pretrain_task(cfg)
     task.contrast,task.hidden = 0.,1.                              # it says nothing of a frame as a whole
     steps = num_steps(len(task.train), g.decoder_epochs, g.decoder_batch_size)
     torch.manual_seed(step_seed(cfg.run.seed, 13))
     model = build_masked(cfg, task)
-    settings = step_settings(cfg, 'data', 'tokenizer', 'encoder', 'pretrain', data_hash=task.train.data_hash, start_hash=weights_hash(start_path(cfg)),
+    settings = step_settings(cfg, 'data', 'tokenizer', 'encoder', 'pretrain', data_hash=task.train.data_hash, start_hash=weights_hash(start_path(cfg)), tokenizer_hash='' if p.mae else weights_hash(tokenizer_path(cfg)),
                              **{f'seg_{k}':list(v) if isinstance(v := getattr(g, k), tuple) else v for k in OF_THE_DECODER})
     judged = dict(validate=task.validate, media=lambda model: {'strip':strip_figure(task, model)}, validate_every=max(1, steps//5)) if len(task.val) else {}
     final = fit(model, task.loss, train_batches(task.train, None, g.decoder_batch_size, step_seed(cfg.run.seed, 13), cfg.data.slice_max_evs, cfg.run.num_workers), steps,

@@ -18,7 +18,7 @@ from .data import own_rows
 from .targets import counted_mean, summed
 from .state import load_weights, step_settings, weights_file, weights_hash
 from .train import fit, make_accelerator
-from .decoder import decoder_path, load_start, pretrain_decoder, start_path
+from .decoder import check_decoder, decoder_path, load_start, pretrain_decoder, start_path
 from .finetune import run_name
 from .labelled import LabelledSet, class_names, labelled
 from .pairs import PHOTOMETRIC, pad_to, recolour_frames, same_place, training_pair
@@ -187,11 +187,13 @@ def score_numbers(
 # %% ../nbs/14_segment.ipynb #866ffc72
 def _segment_settings(cfg, data, chosen, method, labels, seed):
     "What decides the result of one training; pretraining counts only where it is used."
-    before = ('tokenizer','pretrain') if method=='pretrained' else ()
+    scratch = method=='scratch'
+    before = () if scratch else ('tokenizer','pretrain')
     start = weights_hash(decoder_path(cfg) if cfg.segment.decoder_epochs else start_path(cfg)) if before else ''
     found = step_settings(cfg, 'data', *before, 'encoder', 'segment', data_hash=data.data_hash, subset_hash=split_hash(data.names[chosen]),
                           start_hash=start, method=method, label_count=str(labels), segment_seed=seed)
-    return {k:v for k,v in found.items() if before or not k.startswith('seg_decoder_')}
+    unused = ['seg_decoder_'+k for k in ('epochs','batch_size','lr','warmup_steps')][not scratch:] if scratch or not cfg.segment.decoder_epochs else []
+    return {k:v for k,v in found.items() if k not in unused}
 
 def frames_a_pass(g):
     "How many frames go through at once, of seg_batch_size and seg_update_freq; ValueError where that cannot be."
@@ -250,6 +252,7 @@ def check_segment(
     model,folder = build_segmenter(cfg),labelled(cfg)
     train,val = LabelledSet(folder),LabelledSet(folder, 'val')
     for n in g.labels: frame_subset(len(train), n, 0)
+    if g.decoder_epochs and 'pretrained' in g.methods: check_decoder(cfg, ready)
     if 'pretrained' in g.methods and (ready or g.checkpoint or cfg.pretrain.skip): load_backbone(model, start_path(cfg), cfg.grid)
     return train, val
 

@@ -47,6 +47,7 @@ class _Attend(torch.autograd.Function):
         return (p@v).view(B, h, n, d)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, given):
         (q,k,v,p),shape,(size,kind) = ctx.saved_tensors,given.shape,ctx.bias
         given = given.reshape(v.shape)
@@ -59,10 +60,10 @@ class QuickAttention(Attention):
     "timm's attention of a BEiT; where it trains on a processor and its position biases learn, forward and backward by `_Attend`."
     def forward(self, x, shared_rel_pos_bias=None):
         "`(B, N, D)` -> `(B, N, D)`; `shared_rel_pos_bias` is `(1 or B, heads, N, N)` or `(heads, N, N)`."
-        own = self.relative_position_bias_table is not None
-        plain = not own and shared_rel_pos_bias is None or self.attn_drop.p or self.q_bias is None
-        if plain or x.is_cuda or not torch.is_grad_enabled() or torch.compiler.is_compiling(): return super().forward(x, shared_rel_pos_bias)
-        bias = sum(b for b in (self._get_rel_pos_bias() if own else None, shared_rel_pos_bias) if b is not None)
+        shared,table = shared_rel_pos_bias,self.relative_position_bias_table
+        learns = torch.is_grad_enabled() and any(b is not None and b.requires_grad for b in (table, shared))
+        if not learns or x.is_cuda or self.attn_drop.p or self.q_bias is None or torch.compiler.is_compiling(): return super().forward(x, shared)
+        bias = shared if table is None else self._get_rel_pos_bias() if shared is None else self._get_rel_pos_bias()+shared
         qkv = F.linear(x, self.qkv.weight, torch.cat([self.q_bias, self.k_bias, self.v_bias]))
         q,k,v = qkv.view(*x.shape[:2], 3, self.num_heads, -1).permute(2,0,3,1,4)                # (B, heads, N, d) each
         out = _Attend.apply(q, k, v, bias if bias.dim()==4 else bias[None], self.scale)

@@ -196,6 +196,8 @@ class TrainingState:
         for k in self.parts:
             if getattr(self,k) is not None: getattr(self,k).load_state_dict(self._parted(k, d[k]))
         for group,new in zip(self.optimizer.param_groups, now): group.update(new)     # weight decay and betas are settings, not state
+        for p,moments in self.optimizer.state.items():                                 # fused kernels want them laid out as the weight is
+            moments.update({k:torch.empty_like(p, dtype=v.dtype).copy_(v) for k,v in moments.items() if torch.is_tensor(v) and v.shape==p.shape})
         self.step,self.seconds,self.sums = d['step'],d['seconds'],d['sums']
 
     def _parted(self, name, found):

@@ -284,7 +284,7 @@ def _save(self:Trainer):
     if self.takes_part: self.state.save(self.file, self.settings)
     self.saved,self.kept = time.time(),self.state.step
 
-STARTS = dict(tokenizer='vae_checkpoint', pretrain='pt_checkpoint', finetune='class_checkpoint', segment='seg_checkpoint', decoder=None)   # step -> setting
+STARTS = dict(tokenizer='vae_checkpoint', pretrain='pt_checkpoint', finetune='class_checkpoint', segment='seg_checkpoint', decoder=None)   # step -> setting, where one begins from its weights
 
 @patch
 def _way_on(self:Trainer):

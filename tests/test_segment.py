@@ -1,5 +1,5 @@
 "Segmentation: what lies where in the files, what the model is, what training keeps, and what is refused."
-import json, os, subprocess, sys
+import json, os, shutil, subprocess, sys
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, pytest, torch
@@ -18,9 +18,9 @@ from mem_nb.pretrain import HiddenTask
 from mem_nb.pyramid import build_segmenter, load_backbone, original_backbone, original_input, segmenter_optimizer
 from mem_nb.scenes import CLASSES, PATTERNS, Thing, World, film, paint, simulate_scenes
 from mem_nb.pairs import paste_things, same_place
-from mem_nb.segment import frames_a_pass, load_segmenter, pixel_loss, poly_schedule, predict_frames, segment, window_places
+from mem_nb.segment import check_segment, frames_a_pass, load_segmenter, pixel_loss, poly_schedule, predict_frames, segment, window_places
 from mem_nb.segmented import Film, class_colors, predict_recording, recording_windows
-from mem_nb.state import read_log, read_state, read_weights
+from mem_nb.state import TrainingState, read_log, read_state, read_weights
 from mem_nb.status import finished, run_status
 from mem_nb.store import EventStore
 
@@ -684,3 +684,40 @@ def test_status_counts_the_decoder_too(here):
     assert many['segment']==3 and not finished(cfg.folder, 'segment', many)
     segment(cfg)
     assert finished(cfg.folder, 'segment', many)
+
+def test_moments_of_another_layout_are_laid_out_anew(here, tmp_path):
+    "Fused optimisers walk through memory as it lies; a state may have been saved before weights were channels last."
+    def state(layout):
+        torch.manual_seed(0)
+        model = build_segmenter(load_config('x.conf')).to(memory_format=layout)
+        return TrainingState(model, segmenter_optimizer(model, 1e-3))
+    def step(s):
+        torch.manual_seed(1)
+        s.model.forward_both(torch.rand(2,3,64,96))[0].square().mean().backward()
+        s.optimizer.step(); s.optimizer.zero_grad()
+    old = state(torch.contiguous_format); step(old); old.step = 1; old.save(tmp_path/'state.pt', {})
+    new = state(torch.channels_last); new.load(tmp_path/'state.pt', {})
+    before = {k:v.clone() for k,v in old.model.named_parameters()}
+    step(old); step(new)
+    convolutions = [k for k,v in before.items() if v.ndim==4 and v.shape[2]>1 and not k.startswith('aux.')]
+    assert convolutions
+    for k in convolutions: assert (new.model.get_parameter(k)-old.model.get_parameter(k)).abs().max() < .2*(old.model.get_parameter(k)-before[k]).abs().max(), k
+
+def test_what_decides_a_decoder_and_what_does_not(here):
+    cfg = load_config('x.conf', [*DENSE, 'expname=decides'])
+    found = pretrain_decoder(cfg)
+    elsewhere = shutil.copytree('runs/run/pretrain', 'elsewhere', dirs_exist_ok=True)
+    for words in (['seg_aux_width=4', 'seg_lr=1', 'seg_labels=4'], [f'pt_checkpoint={elsewhere}/final.safetensors']):    # heads, labels, another place
+        assert pretrain_decoder(load_config('x.conf', [*DENSE, 'expname=decides', *words]))==found
+    narrow = load_config('x.conf', [*DENSE, 'expname=narrow_aux', 'seg_aux_width=4'])
+    pretrain_decoder(narrow)
+    assert same(*(read_weights(decoder_path(c)) for c in (cfg, narrow)))
+    command('tokenizer', 'x.conf', ['expname=other_tokens', 'seed=5'])
+    with pytest.raises(ValueError, match='tokenizer_hash'):
+        pretrain_decoder(load_config('x.conf', [*DENSE, 'expname=decides', 'vae_checkpoint=runs/other_tokens/tokenizer/final.safetensors']))
+
+def test_a_bad_decoder_is_refused_at_the_door(here):
+    with pytest.raises(ValueError, match='seg_norm = batch needs 2 windows'): check_segment(load_config('x.conf', ['seg_decoder_epochs=1', 'seg_decoder_batch_size=1']))
+    with pytest.raises(FileNotFoundError, match='nowhere'): check_segment(load_config('x.conf', ['seg_decoder_epochs=1', 'vae_skip=1', 'vae_checkpoint=nowhere']))
+    records = segment(cfg := load_config('x.conf', ['seg_methods=pretrained']))
+    assert segment(replace(cfg, segment=replace(cfg.segment, decoder_lr=5e-4)))==records      # what is not used decides nothing
