@@ -187,13 +187,12 @@ def score_numbers(
 # %% ../nbs/14_segment.ipynb #866ffc72
 def _segment_settings(cfg, data, chosen, method, labels, seed):
     "What decides the result of one training; pretraining counts only where it is used."
-    scratch = method=='scratch'
-    before = () if scratch else ('tokenizer','pretrain')
+    before = ('tokenizer','pretrain') if method=='pretrained' else ()
     start = weights_hash(decoder_path(cfg) if cfg.segment.decoder_epochs else start_path(cfg)) if before else ''
     found = step_settings(cfg, 'data', *before, 'encoder', 'segment', data_hash=data.data_hash, subset_hash=split_hash(data.names[chosen]),
                           start_hash=start, method=method, label_count=str(labels), segment_seed=seed)
-    unused = ['seg_decoder_'+k for k in ('epochs','batch_size','lr','warmup_steps')][not scratch:] if scratch or not cfg.segment.decoder_epochs else []
-    return {k:v for k,v in found.items() if k not in unused}
+    used = before and cfg.segment.decoder_epochs
+    return {k:v for k,v in found.items() if used or not k.startswith('seg_decoder_')}
 
 def frames_a_pass(g):
     "How many frames go through at once, of seg_batch_size and seg_update_freq; ValueError where that cannot be."
