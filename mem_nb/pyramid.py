@@ -22,6 +22,7 @@ from .droppath import DrawnChannels
 from .encoder import build_encoder, check_fit, load_encoder, read_encoder
 from .original import original_encoder, read_original
 from .speed import QuickAttention
+from .upsample import joined_conv
 
 # %% ../nbs/13e_pyramid.ipynb #3b284246
 class Pyramid(nn.Module):
@@ -102,7 +103,16 @@ def add_stem(
 def _upernet(width, channels):
     try: from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
     except ImportError as e: raise ImportError("the decoder comes with segmentation-models-pytorch: pip install segmentation-models-pytorch") from e
-    return UPerNetDecoder([3,0,*[width]*4], 5, channels)
+    class Decoder(UPerNetDecoder):
+        "smp's decoder, its last layer by `joined_conv`."
+        def forward(self, levels):
+            levels = [norm(x) for norm,x in zip(self.feature_norms, levels)]
+            maps = [self.psp(levels[-1])]
+            for add,x in zip(self.fpn_lateral_blocks, levels[-2::-1]): maps.append(add(maps[-1], x))
+            maps[1:] = [conv(x) for conv,x in zip(self.fpn_conv_blocks, maps[1:])]
+            conv,norm,act = self.fusion_block
+            return act(norm(joined_conv(maps[::-1], conv)))
+    return Decoder([3,0,*[width]*4], 5, channels)
 
 class Segmenter(nn.Module):
     "Encoder, pyramid, UPerNet, and an auxiliary head (BEiT, arXiv 2106.08254; MEM, arXiv 2212.10368)."
@@ -141,13 +151,13 @@ class Segmenter(nn.Module):
         by = dict(zip(sorted(set(self.blocks)), taken))
         return self.pyramid([by[b] for b in self.blocks])
 
-    def decode(self, frames): "`(B, C, H, W)` -> what the decoder says before the head, `(B, width, h, w)` at the grid of the finest level."; return self.decoder([frames, frames, *self.levels(frames)])
+    def decode(self, frames): "`(B, C, H, W)` -> what the decoder says before the head, `(B, width, h, w)` at the grid of the finest level."; return self.decoder(self.levels(frames))
 
     def forward_both(self, frames):
         "Logits `(B, n, H, W)` of the main head and of the auxiliary one, which may be None."
         levels,large = self.levels(frames),lambda x: F.interpolate(x, frames.shape[2:], mode='bilinear', align_corners=False)
         side = None if self.aux is None else large(self.aux(levels[self.pyramid.own_level]))
-        return large(self.head(self.decoder([frames, frames, *levels]))), side
+        return large(self.head(self.decoder(levels))), side
 
     def forward(self, frames):
         "Logits `(B, n, H, W)`."

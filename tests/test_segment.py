@@ -334,6 +334,17 @@ def test_windows_cover_every_pixel_and_overlap_enough(length, window, overlap):
     at = window_places(length, window, overlap)
     assert at[0]==0 and at[-1]==length-window and all(0<b-a<=max(1, np.ceil(window*(1-overlap))) for a,b in zip(at, at[1:]))
 
+def test_the_decoder_is_that_of_smp(here):
+    from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
+    model = build_segmenter(load_config('x.conf')).double().eval()
+    levels = [x.detach() for x in model.levels(torch.rand(2, 3, 64, 96, dtype=torch.float64))]
+    found = []
+    for decode in (model.decoder, lambda x: UPerNetDecoder.forward(model.decoder, [None, None, *x])):
+        y = decode(levels)
+        found.append([y.detach(), *torch.autograd.grad(y.square().sum(), model.decoder.parameters())])
+    assert len(found[0])>20
+    for a,b in zip(*found): torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
 def test_layer_decay_reaches_every_part(here):
     groups = segmenter_optimizer(build_segmenter(cfg_of()), 1., .05, .5).param_groups
     assert sorted({g.get('lr_scale',1.) for g in groups})==pytest.approx([.5**k for k in range(5,-1,-1)])

@@ -1,8 +1,8 @@
 "Doubling by fewer products is a transposed convolution."
-import pytest, torch
+import pytest, torch, torch.nn.functional as F
 from torch import nn
 from mem_nb.tokenizer import EventVAE
-from mem_nb.upsample import Upsample, pointwise
+from mem_nb.upsample import Upsample, joined_conv, pointwise
 
 @pytest.mark.parametrize('size', [(14,14),(5,9),(1,1),(2,3)])
 @pytest.mark.parametrize('last', [False,True])
@@ -35,3 +35,26 @@ def test_pointwise_is_a_convolution():
     conv,x = nn.Conv2d(8, 3, 1),torch.randn(2,8,5,6)
     for format in (torch.contiguous_format,torch.channels_last):
         torch.testing.assert_close(pointwise(x.contiguous(memory_format=format), conv), conv(x))
+
+def stretched(maps, conv): return conv(torch.cat([F.interpolate(x, maps[0].shape[2:], mode='bilinear', align_corners=False) for x in maps], 1))
+
+def joined(sizes, chans=(3,5,2,4), out=6, bias=True, kind=torch.float64):
+    torch.manual_seed(0)
+    return [torch.randn(2,c,*s, dtype=kind, requires_grad=True) for c,s in zip(chans, sizes)],nn.Conv2d(sum(chans[:len(sizes)]), out, 3, padding=1, bias=bias, dtype=kind)
+
+@pytest.mark.parametrize('bias', [False,True])
+@pytest.mark.parametrize('sizes', [((16,24),(8,12),(4,6),(2,3)), ((13,20),(7,10),(4,5),(2,3)), ((5,4),(5,4),(3,7),(1,1)), ((1,1),(1,1))])
+def test_maps_are_convolved_before_they_are_stretched(sizes, bias):
+    maps,conv = joined(sizes, bias=bias)
+    a,b = joined_conv(maps, conv),stretched(maps, conv)
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    given,asked = torch.randn_like(a),[*maps, *conv.parameters()]
+    for x,y in zip(torch.autograd.grad(a, asked, given), torch.autograd.grad(b, asked, given)): torch.testing.assert_close(x, y, rtol=0, atol=1e-11)
+
+def test_in_half_precision_stretching_late_rounds_little_more():
+    maps,conv = joined(((32,48),(16,24),(8,12),(4,6)), (32,)*4, 32, kind=torch.float32)
+    true = stretched(maps, conv)
+    with torch.autocast('cpu', torch.bfloat16): a,b = joined_conv(maps, conv),stretched(maps, conv)
+    assert a.dtype==b.dtype==torch.bfloat16
+    off = [(x.float()-true).square().mean().sqrt().item() for x in (a,b)]
+    assert off[0] < 2*off[1] < .01*true.square().mean().sqrt()
