@@ -137,7 +137,7 @@ class Segmenter(nn.Module):
         self.blocks,self.original,self.classes = tuple(blocks),original,classes
         if norm=='group': to_group_norm(self)
         for attn in (b.attn for b in encoder.blocks if b.attn.window_size): attn.__class__ = WindowedAttention
-        self.to(memory_format=torch.channels_last)    # a fifth faster
+        if width<256: self.to(memory_format=torch.channels_last)    # a fifth faster; 512 channels are slower so
 
     @property
     def window(self):
