@@ -103,13 +103,10 @@ def ceilings(seconds=1.):
     return np.array([rate(lambda: a@a, 2*1536**3), rate(lambda: nn.functional.conv2d(x, w, padding=1), 2*512*512*9*112*160)])
 
 def base_step(repeats=3, device='cpu', batch=1):
-    """Of a training step of ViT-B/16 and UPerNet at 440×640 (padded to 448), fp32, on a GPU bf16: seconds, seconds with the decoder as smp computes it, and GFLOP in products and in convolutions, as smp's and as ours.
-
-    The decoder's last layer is computed with fewer products than its definition has (`joined_conv`); the definition is what shares of a ceiling count.
-    """
-    from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
+    "A training step of ViT-B/16 and UPerNet at 440×640 (padded to 448), fp32, on a GPU bf16: {'ours' or 'smp': (seconds, GFLOP executed in products and in convolutions, bytes of a GPU)}."
+    import mem_nb.pyramid as pyramid
     from torch.utils.flop_counter import FlopCounterMode
-    from mem_nb.speed import keep_memory, quick_attention
+    from mem_nb.speed import keep_memory
     keep_memory()                                     # as every training does
     cfg = parse_config('data_set = dsec\ninput_H = 448\ninput_W = 640\nseg_norm = group\nnum_mask_patches = 98')
     model = build_segmenter(cfg).train().to(device)
@@ -125,31 +122,35 @@ def base_step(repeats=3, device='cpu', batch=1):
         with FlopCounterMode(display=False) as counter: step()
         conv = sum(n for op,n in counter.get_flop_counts()['Global'].items() if 'convolution' in str(op))/1e9
         return np.array([counter.get_total_flops()/1e9-conv, conv])
-    def timed():
-        began = time.time(); step(); return time.time()-began
-    ours,decode = model.decoder.forward,lambda levels: UPerNetDecoder.forward(model.decoder, [None, None, *levels])
-    gflop,seconds = {},{'smp':[], 'ours':[]}
-    for name,forward in (('smp',decode), ('ours',ours)): model.decoder.forward = forward; gflop[name] = counted()
-    for _ in range(repeats):                          # in turns, so that both meet the same machine
-        for name,forward in (('smp',decode), ('ours',ours)): model.decoder.forward = forward; seconds[name].append(timed())
-    return min(seconds['ours']), min(seconds['smp']), gflop['smp'], gflop['ours']
+    def timed(): began = time.time(); step(); return time.time()-began
+    ways,out,times = {'smp':lambda decoder,levels: decoder([None, None, *levels]), 'ours':pyramid._decode},{},{'smp':[], 'ours':[]}
+    for name,pyramid._decode in ways.items():
+        if device=='cuda': torch.cuda.reset_peak_memory_stats()
+        out[name] = counted(),torch.cuda.max_memory_allocated() if device=='cuda' else 0
+    for _ in range(repeats):                          # in turns, so that both meet the same machine; the last is ours
+        for name,pyramid._decode in ways.items(): times[name].append(timed())
+    return {name:(min(times[name]), *found) for name,found in out.items()}
 
 def base_records(device='cpu', batch=1):
-    "The step against the ceilings of a processor; on a GPU its images/s and memory."
+    """The step against the ceilings of a processor; on a GPU its images/s and memory. The baseline is smp's decoder.
+
+    The decoder's last layer is computed with fewer products than its definition has (`joined_conv`), so shares are told of both.
+    """
     if device=='cuda':
-        seconds,usual,gflop,_ = base_step(10, device, batch)
-        what = f'ViT-B/16 + UPerNet, 440×640, batch {batch}, bf16, {torch.cuda.get_device_name()}'
-        return [record(f'{what}: training', batch/seconds, 'images/s', baseline=batch/usual), record(f'{what}: memory', torch.cuda.max_memory_allocated()/1e9, 'GB', better='lower'),
-                record(f'{what}: counted FLOP/s', float(gflop.sum())/seconds/1e3, 'TFLOP/s')]
-    top = ceilings()
-    seconds,usual,gflop,done = base_step(batch=batch)
+        found = base_step(10, device, batch)
+        (seconds,done,memory),(usual,_,much) = found['ours'],found['smp']
+        what = f"ViT-B/16 + UPerNet, 440×640, batch {batch}, bf16, {torch.cuda.get_device_name()} (baseline: smp's decoder)"
+        return [record(f'{what}: training', batch/seconds, 'images/s', baseline=batch/usual), record(f'{what}: memory', memory/1e9, 'GB', baseline=much/1e9, better='lower'),
+                record(f'{what}: executed FLOP/s', float(done.sum())/seconds/1e3, 'TFLOP/s')]
+    top,found = ceilings(),base_step(batch=batch)
     top = np.maximum(top, ceilings())
+    (seconds,done,_),(usual,gflop,_) = found['ours'],found['smp']
     print(f'ceilings {top.round()} GFLOP/s; a step is defined by {gflop.round()} GFLOP and takes {done.round()} (products, convolutions)')
     share = lambda gflop,seconds: float((gflop/top).sum())/seconds*100
     return [record(f"ViT-B/16 + UPerNet, 440×640, batch {batch}, fp32: training step (baseline: smp's decoder)", seconds, 's', baseline=usual, better='lower'),
-            record("the same, defined FLOP as a share of the machine's fp32 ceilings of products and of convolutions (baseline: smp's decoder)", share(gflop, seconds), '%', baseline=share(gflop, usual), goal=75 if batch==1 else None),
-            record('the same, executed FLOP as a share of these ceilings', share(done, seconds), '%'),
-            record('the same, defined FLOP/s over the ceiling of products alone', float(gflop.sum()/top[0])/seconds*100, '%')]
+            record("the same, executed FLOP as a share of the machine's fp32 ceilings of products and of convolutions (baseline: smp's decoder)", share(done, seconds), '%', baseline=share(gflop, usual), goal=75 if batch==1 else None),
+            record('the same, FLOP of its definition as a share of these ceilings', share(gflop, seconds), '%', baseline=share(gflop, usual)),
+            record('the same, FLOP/s of its definition over the ceiling of products alone', float(gflop.sum()/top[0])/seconds*100, '%')]
 
 def speed_records(cfg):
     "Frames a second of a 480×640 recording, from raw events to label maps, with the model of scenes.conf in sliding windows and a ViT-B/16 at once."

@@ -97,7 +97,7 @@ def _stretched(short, long, like):
 
 def joined_conv(
     maps:list,        # two or more of `(B, C, h, w)`, the largest first
-    conv:nn.Conv2d,   # 3×3, over all their channels
+    conv:nn.Conv2d,   # 3×3, stride 1, padded by one zero, over all their channels
 ) -> torch.Tensor:    # `(B, O, H, W)`, of the largest one's size
     "The convolution of maps stretched to the size of the first (bilinear) and joined, up to rounding."
     first,*weights = conv.weight.split([x.shape[1] for x in maps], 1)
@@ -106,5 +106,5 @@ def joined_conv(
         (_,c,h,wide),taps = x.shape,w.permute(1,2,3,0)                                              # (c, 3, 3, o)
         z = (x.permute(0,2,3,1).reshape(-1,c) @ taps.reshape(c,-1)).view(b,h,wide,3,3,o)
         z = _stretched(wide, W, z) @ z.transpose(2,3).reshape(b,h*3,wide*3,o)                       # (b, h*3, W, o)
-        rest = rest + _stretched(h, H, z) @ z.view(b,h*3,-1)                                        # (b, H, W*o)
+        rest = rest + _stretched(h, H, z) @ z.view(b,h*3,W*o)                                       # (b, H, W*o)
     return F.conv2d(maps[0], first, conv.bias, padding=1) + rest.view(b,H,W,o).permute(0,3,1,2)

@@ -335,15 +335,20 @@ def test_windows_cover_every_pixel_and_overlap_enough(length, window, overlap):
     assert at[0]==0 and at[-1]==length-window and all(0<b-a<=max(1, np.ceil(window*(1-overlap))) for a,b in zip(at, at[1:]))
 
 def test_the_decoder_is_that_of_smp(here):
-    from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
+    from mem_nb.pyramid import _decode
     model = build_segmenter(load_config('x.conf')).double().eval()
     levels = [x.detach() for x in model.levels(torch.rand(2, 3, 64, 96, dtype=torch.float64))]
     found = []
-    for decode in (model.decoder, lambda x: UPerNetDecoder.forward(model.decoder, [None, None, *x])):
-        y = decode(levels)
+    for decode in (_decode, lambda decoder,x: decoder([None, None, *x])):
+        y = decode(model.decoder, levels)
         found.append([y.detach(), *torch.autograd.grad(y.square().sum(), model.decoder.parameters())])
     assert len(found[0])>20
     for a,b in zip(*found): torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+@pytest.mark.parametrize('width,last', [(64,True),(256,False)])
+def test_narrow_decoders_lie_channels_last(here, width, last):
+    model = build_segmenter(load_config('x.conf', [f'seg_width={width}']))
+    assert model.decoder.fusion_block[0].weight.is_contiguous(memory_format=torch.channels_last) is last
 
 def test_layer_decay_reaches_every_part(here):
     groups = segmenter_optimizer(build_segmenter(cfg_of()), 1., .05, .5).param_groups

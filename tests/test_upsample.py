@@ -51,7 +51,7 @@ def test_maps_are_convolved_before_they_are_stretched(sizes, bias):
     given,asked = torch.randn_like(a),[*maps, *conv.parameters()]
     for x,y in zip(torch.autograd.grad(a, asked, given), torch.autograd.grad(b, asked, given)): torch.testing.assert_close(x, y, rtol=0, atol=1e-11)
 
-def test_in_half_precision_stretching_late_rounds_little_more():
+def test_in_half_precision_stretching_late_is_not_half_as_exact():
     maps,conv = joined(((32,48),(16,24),(8,12),(4,6)), (32,)*4, 32, kind=torch.float32)
     true = stretched(maps, conv)
     with torch.autocast('cpu', torch.bfloat16): a,b = joined_conv(maps, conv),stretched(maps, conv)
