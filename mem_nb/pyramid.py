@@ -99,7 +99,7 @@ def add_stem(
     e.stem,e.__class__ = conv_stem(encoder.in_chans, width, e.patch_size[0], encoder.embed_dim),StemmedPatches
     return encoder
 
-# %% ../nbs/13e_pyramid.ipynb #f1fed38e
+# %% ../nbs/13e_pyramid.ipynb #f1fed38d
 def _upernet(width, channels):
     try: from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
     except ImportError as e: raise ImportError("the decoder comes with segmentation-models-pytorch: pip install segmentation-models-pytorch") from e
@@ -114,6 +114,7 @@ def _decode(decoder, levels):
     conv,norm,act = decoder.fusion_block
     return act(norm(joined_conv(maps[::-1], conv)))
 
+# %% ../nbs/13e_pyramid.ipynb #f1fed38e
 class Segmenter(nn.Module):
     "Encoder, pyramid, UPerNet, and an auxiliary head (BEiT, arXiv 2106.08254; MEM, arXiv 2212.10368)."
     def __init__(self,
