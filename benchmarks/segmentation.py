@@ -50,35 +50,35 @@ def unet(cfg, train, val, labels, seed, lr=2e-3):
 
 class Task(NamedTuple):
     "A training that one process does."
-    method: str      # 'before' (tokenizer, pretraining, perhaps the decoder's), 'pretrained', 'scratch' or 'unet'
+    method: str      # 'tokenizer', 'pretrain' (perhaps the decoder's, too), 'pretrained', 'scratch' or 'unet'
     labels: object = ''
     seed: int = 0
-    def __str__(self): return self.method if self.method=='before' else f'{self.method} {self.labels} seed {self.seed}'
+    def __str__(self): return f'{self.method} {self.labels} seed {self.seed}' if self.labels else self.method
 
 def do(conf, words, task):
     "What a task asks for; the record of a segmentation."
     cfg = load_config(conf, words)
-    if task.method=='before':
-        for step in ('tokenizer','pretrain'): run_step(cfg, step)
-        if cfg.segment.decoder_epochs: pretrain_decoder(cfg)
+    if task.method in ('tokenizer','pretrain'):
+        run_step(cfg, task.method)
+        if task.method=='pretrain' and cfg.segment.decoder_epochs: pretrain_decoder(cfg)
         return None
     folder = labelled(cfg)
     train,val = LabelledSet(folder),LabelledSet(folder, 'val')
     return unet(cfg, train, val, task.labels, task.seed) if task.method=='unet' else segment_one(cfg, train, val, task.method, task.labels, task.seed)
 
 def study(conf, words, jobs):
-    "All three at every seed, `jobs` trainings at once; rows, and the record of the time. What needs no pretraining is done beside it."
+    "All three at every seed, `jobs` trainings at once, but the long pretraining alone on all cores; rows, and the record of the time."
     cfg,rows = load_config(conf, words),[]
     tick = clock(kept := cfg.folder/'starts.json', jobs, len(list(cfg.folder.glob('segment/*_*/final.safetensors'))))
     run_step(cfg, 'prepare'); labelled(cfg)
     tunings = lambda method: [Task(method, n, s) for s in cfg.segment.seeds for n in cfg.segment.labels]
-    tasks = [Task('before'), *tunings('unet'), *tunings('scratch')]
     def then(task, r):
         tick()
-        if task.method=='before': tasks[:0] = tunings('pretrained'); return
-        rows.append(r); tqdm.write(f"{r['method']:11s} seed {r['seed']}: mIoU {r['miou']:.3f}, accuracy {r['accuracy']:.3f}, boundary F {r['boundary_f']:.3f}, {r['seconds']:.0f} s")
+        if r: rows.append(r); tqdm.write(f"{r['method']:11s} seed {r['seed']}: mIoU {r['miou']:.3f}, accuracy {r['accuracy']:.3f}, boundary F {r['boundary_f']:.3f}, {r['seconds']:.0f} s")
     whole = 3*len(cfg.segment.seeds)*len(cfg.segment.labels)
-    try: side_by_side(partial(do, conf, words), tasks, then, jobs)
+    try:
+        for tasks,at_once in (([Task('tokenizer'), *tunings('unet')], jobs), ([Task('pretrain')], 1), ([*tunings('scratch'), *tunings('pretrained')], jobs)):
+            side_by_side(partial(do, conf, words), tasks, then, at_once)
     finally: tick()
     return rows, wall_time(kept, 'scenes, films to trainings', 15, len(rows), whole)
 

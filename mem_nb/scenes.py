@@ -7,8 +7,10 @@ __all__ = ['SHAPES', 'CLASSES', 'PATTERNS', 'World', 'Thing', 'draw_thing', 'pai
 
 # %% ../nbs/04a_scenes.ipynb #7ba702d6
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 import numpy as np
+from joblib import Parallel, delayed
 from PIL import Image
 from scipy.ndimage import gaussian_filter, map_coordinates
 from tqdm.auto import tqdm
@@ -131,6 +133,15 @@ def film(
 # %% ../nbs/04a_scenes.ipynb #3825e12f
 def _save_map(labels, path): _write_whole(path, lambda p: Image.fromarray(labels).save(p, format='png'))
 
+def _write_film(world, pixel, theta, place, *seed):
+    "A recording, and its label maps in the folder `place`; what they show depends on `seed` alone."
+    rng = np.random.default_rng(seed)
+    views,times,maps,ends = film(world, rng)
+    events = simulate_events(views, times, pixel, rng, theta)
+    place.mkdir(parents=True, exist_ok=True)
+    for m,end in zip(maps, ends): _save_map(m, place/f'{end}.png')
+    _write_whole(place.with_suffix('.bin'), lambda path: write_bin(path, events, world.size))   # last: it says that the film is whole
+
 def simulate_scenes(
     folder:str|Path,           # gets `train/<number>.bin`, `train/<number>/<end in µs>.png`, and the same in `val`
     n:int,                     # films for training
@@ -138,6 +149,7 @@ def simulate_scenes(
     seed:int=0,                # film `number` depends on `seed` and `number` only
     world:World=World(),       # what they show
     pixel:DVSPixel=DVSPixel(), # the camera's pixels
+    workers:int=-1,            # films at a time, each in a process of its own; -1: one a core
 ) -> Path:                     # the folder
     "Films of moving things as recordings with label maps; existing ones are kept. ValueError where the folder holds another world."
     folder = Path(folder)
@@ -145,12 +157,7 @@ def simulate_scenes(
     theta = draw_thresholds(world.size, pixel, np.random.default_rng([seed,0]))
     todo = [('train',i) for i in range(n)] + [('val',i) for i in range(max(1, n//10) if n_val is None else n_val)]
     todo = [(split,i) for split,i in todo if not (folder/split/f'{i:05d}.bin').exists()]
-    for split,i in tqdm(todo, desc='simulate scenes', mininterval=1, disable=not todo):
-        rng = np.random.default_rng([seed, 1+(split=='val'), i])
-        views,times,maps,ends = film(world, rng)
-        events = simulate_events(views, times, pixel, rng, theta)
-        place = folder/split/f'{i:05d}'
-        place.mkdir(parents=True, exist_ok=True)
-        for m,end in zip(maps, ends): _save_map(m, place/f'{end}.png')
-        _write_whole(place.with_suffix('.bin'), lambda path: write_bin(path, events, world.size))   # last: it says that the film is whole
+    write = delayed(partial(_write_film, world, pixel, theta))
+    films = Parallel(workers if len(todo)>=50 else 1, return_as='generator_unordered')(write(folder/split/f'{i:05d}', seed, 1+(split=='val'), i) for split,i in todo)
+    for _ in tqdm(films, total=len(todo), desc='simulate scenes', mininterval=1, disable=not todo): pass
     return folder

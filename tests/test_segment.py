@@ -170,6 +170,13 @@ def test_a_pattern_is_as_wide_as_drawn_on_a_thing_of_any_size(radius):
     picture,_ = paint([thing], np.zeros((128,192)), np.zeros(2), 0., (64,96))
     assert np.allclose(picture[32,40:56], surface[0,np.arange(-8, 8)])                  # once it was sampled a radius apart, and was noise
 
+def test_films_made_side_by_side_are_those_made_one_by_one(tmp_path):
+    world,made = World(size=(32,48), windows=1),lambda f: {p.relative_to(f):p.read_bytes() for p in sorted(f.rglob('*')) if p.suffix in ('.bin','.png')}
+    one,two = (made(simulate_scenes(tmp_path/str(w), 50, 2, world=world, workers=w)) for w in (1,2))
+    assert len(one)==104 and one==two
+    (tmp_path/'2'/'train'/'00007.bin').unlink()
+    assert made(simulate_scenes(tmp_path/'2', 50, 2, world=world))==two
+
 # ---- bad input: refused with the file and what to do
 def bad(folder, change, layout='recordings', classes=6, **kwargs):
     "The error after `change(folder)`."
