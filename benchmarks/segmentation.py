@@ -67,7 +67,7 @@ def do(conf, words, task):
     return unet(cfg, train, val, task.labels, task.seed) if task.method=='unet' else segment_one(cfg, train, val, task.method, task.labels, task.seed)
 
 def study(conf, words, jobs):
-    "All three at every seed, `jobs` trainings at once, but the long pretraining alone on all cores; rows, and the record of the time."
+    "All three at every seed, `jobs` trainings at once. The long pretraining has all cores for itself. Gives rows, and the record of the time."
     cfg,rows = load_config(conf, words),[]
     tick = clock(kept := cfg.folder/'starts.json', jobs, len(list(cfg.folder.glob('segment/*_*/final.safetensors'))))
     run_step(cfg, 'prepare'); labelled(cfg)

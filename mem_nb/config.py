@@ -4,11 +4,15 @@
 
 # %% auto #0
 __all__ = ['check_config', 'load_config', 'parse_config', 'config_text', 'save_config', 'config_diff', 'process_rank', 'in_words',
-           'InUse', 'Stopped', 'on_signals', 'signals_wait', 'METHODS', 'ORIGINAL', 'RunConfig', 'DataConfig',
-           'TokenizerConfig', 'EncoderConfig', 'PretrainConfig', 'FinetuneConfig', 'SlurmConfig', 'Config', 'conf_keys']
+           'InUse', 'Stopped', 'on_signals', 'signals_wait', 'cores', 'forking', 'worker_pool', 'METHODS', 'ORIGINAL',
+           'RunConfig', 'DataConfig', 'TokenizerConfig', 'EncoderConfig', 'PretrainConfig', 'FinetuneConfig',
+           'SlurmConfig', 'Config', 'conf_keys']
 
 # %% ../nbs/00b_config.ipynb #f6ea4f83
-import configparser, difflib, errno, os, re, signal, threading, warnings
+import configparser, difflib, errno, multiprocessing, os, re, signal, sys, threading, time, warnings
+import multiprocessing.connection
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 from .settings import (METHODS, ORIGINAL, Config, DataConfig, EncoderConfig, FinetuneConfig, PretrainConfig, RunConfig,
@@ -209,3 +213,34 @@ def signals_wait():
     came = []
     with on_signals(lambda number,_: came.append(number), 'SIGINT'): yield
     for number in came[:1]: signal.raise_signal(number)
+
+# %% ../nbs/00b_config.ipynb #00b0workers1
+def cores() -> int:
+    "Processor cores that this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+
+def forking():
+    "How worker processes begin here: forked, where that is safe."
+    return multiprocessing.get_context('fork' if sys.platform=='linux' else 'spawn')
+
+def _start_worker(setup, args):
+    "A worker does not outlive the process that started it, which alone hears signals that are meant for both."
+    for s,do in ((signal.SIGUSR1,signal.SIG_IGN), (signal.SIGINT,signal.SIG_IGN), (signal.SIGTERM,signal.SIG_DFL)): signal.signal(s, do)   # the pool ends it by TERM
+    def wait(): multiprocessing.connection.wait([multiprocessing.parent_process().sentinel]); os._exit(1)
+    threading.Thread(target=wait, daemon=True).start()
+    if setup: setup(*args)
+
+@contextmanager
+def worker_pool(
+    workers:int,       # processes
+    folder:str|Path,   # where their results are kept
+    setup=None,        # called first in each of them
+    *args,             # with these
+):                     # ProcessPoolExecutor; its tasks should be handed over within `signals_wait`
+    "Processes that prepare recordings; where this is left early, what has not begun is dropped. OSError where one of them was killed."
+    pool = ProcessPoolExecutor(workers, forking(), _start_worker, (setup, args))
+    try: yield pool
+    except BrokenProcessPool:
+        time.sleep(.5)                  # a signal to the whole group is on its way here, too, and has the better word
+        raise OSError(f"a worker of prepare was killed (out of memory?); {folder} keeps what is done: run the same command again, perhaps with prepare_workers=1") from None
+    finally: pool.shutdown(cancel_futures=True)

@@ -199,7 +199,7 @@ def data_root(
     if d.data_set=='digits':
         root /= f'{d.num_digits}_seed{d.split_seed}'
         simulate_digits(root, d.num_digits, d.split_seed, (d.sensor_H or 34, d.sensor_W or 34))
-    if d.data_set=='scenes': root = simulate_scenes(root/f'{d.num_scenes}_seed{d.split_seed}', d.num_scenes, seed=d.split_seed)
+    if d.data_set=='scenes': root = simulate_scenes(root/f'{d.num_scenes}_seed{d.split_seed}', d.num_scenes, seed=d.split_seed, workers=cfg.run.prepare_workers)
     return root
 
 def _sources(cfg):

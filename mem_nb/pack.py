@@ -8,15 +8,13 @@ __all__ = ['CHUNK', 'GROUP', 'checked_columns', 'file_hash', 'Recording', 'Sampl
            'write_split']
 
 # %% ../nbs/04b_pack.ipynb #0530577a
-import hashlib, json, multiprocessing, os, shutil, signal, sys, tempfile, threading, time, zlib
-import multiprocessing.connection
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+import hashlib, json, os, shutil, tempfile, time, zlib
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
-from .config import signals_wait
+from .config import forking, signals_wait, worker_pool
 from .events import EVENT_DTYPE, check_events, make_events, pack_events
 from .formats import open_recording
 
@@ -267,13 +265,6 @@ _plan = {}   # of a worker process: sources, turn, folder, split, and what pack_
 
 def _set_plan(plan): _plan.update(plan, row=Row(plan['folder']))
 
-def _start_worker(plan):
-    "A worker does not outlive the process that started it, which alone hears signals that are meant for both."
-    for s,do in ((signal.SIGUSR1,signal.SIG_IGN), (signal.SIGINT,signal.SIG_IGN), (signal.SIGTERM,signal.SIG_DFL)): signal.signal(s, do)   # the pool ends it by TERM
-    def wait(): multiprocessing.connection.wait([multiprocessing.parent_process().sentinel]); os._exit(1)
-    threading.Thread(target=wait, daemon=True).start()
-    _set_plan(plan)
-
 def _pack_into(row, sources, first, how):
     "Pack sources one after the other: facts about them, and those refused. What the machine does wrong, such as a full disk, is no fault of a file."
     facts,refused = [],[]
@@ -323,8 +314,6 @@ def done_groups(
     return group,end,stop
 
 # %% ../nbs/04b_pack.ipynb #d90fb403
-def _processes(): return multiprocessing.get_context('fork' if sys.platform=='linux' else 'spawn')
-
 def write_split(
     sources:list,  # of one split
     folder:Path,   # where `<split>.events` goes, and the notes of the groups
@@ -334,29 +323,25 @@ def write_split(
 ):
     "Pack the sources of a split with several processes; continues where an interrupted call was."
     group,end,stop = done_groups(folder, split)
-    groups,context = [(a+stop,b+stop) for a,b in source_groups(sources[stop:])] if stop<len(sources) else [],_processes()
-    plan = dict(sources=sources, turn=Turn(context, group, end), folder=folder, split=split, how=how)
+    groups = [(a+stop,b+stop) for a,b in source_groups(sources[stop:])] if stop<len(sources) else []
+    plan = dict(sources=sources, turn=Turn(forking(), group, end), folder=folder, split=split, how=how)
     events,began = 0,time.time()
     with tqdm(total=len(sources), initial=stop, desc=f'prepare {split}', unit='file', mininterval=1) as bar:
-        for n,files in _run_groups(plan, groups, group, min(workers, len(groups)), context):
+        for n,files in _run_groups(plan, groups, group, min(workers, len(groups))):
             events += n
             bar.set_postfix(events=f'{events:,}', rate=f'{events/1e6/(time.time()-began):.0f}M/s', refresh=False); bar.update(files)
 
-def _run_groups(plan, groups, first, workers, context):
+def _run_groups(plan, groups, first, workers):
     "`_pack_group` on each group, in this process or in several."
     if workers<=1:
         _set_plan(plan)
         try: yield from (_pack_group(first+i, *g) for i,g in enumerate(groups))
         finally: _plan.clear()          # the row takes memory
         return
-    pool,failed = ProcessPoolExecutor(workers, context, _start_worker, (plan,)),None
-    try:
+    failed = None
+    with worker_pool(workers, plan['folder'], _set_plan, plan) as pool:
         with signals_wait(): todo = [pool.submit(_pack_group, first+i, *g) for i,g in enumerate(groups)]
         for f in as_completed(todo):
             if isinstance(f.exception(), Aborted): failed = f.exception()     # the one to blame comes, too
             else: yield f.result()
         if failed: raise failed
-    except BrokenProcessPool:
-        time.sleep(.5)                  # a signal to the whole group is on its way here, too, and has the better word
-        raise OSError(f"a worker of prepare was killed (out of memory?); {plan['folder']} keeps what is done: run the same command again, perhaps with prepare_workers=1") from None
-    finally: pool.shutdown(cancel_futures=True)

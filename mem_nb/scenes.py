@@ -6,14 +6,14 @@
 __all__ = ['SHAPES', 'CLASSES', 'PATTERNS', 'World', 'Thing', 'draw_thing', 'paint', 'film', 'simulate_scenes']
 
 # %% ../nbs/04a_scenes.ipynb #7ba702d6
+from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 import numpy as np
-from joblib import Parallel, delayed
 from PIL import Image
 from scipy.ndimage import gaussian_filter, map_coordinates
 from tqdm.auto import tqdm
+from .config import cores, signals_wait, worker_pool
 from .formats import write_bin
 from .simulate import DVSPixel, _check_folder, _write_whole, draw_thresholds, pink_noise, simulate_events
 
@@ -149,7 +149,7 @@ def simulate_scenes(
     seed:int=0,                # film `number` depends on `seed` and `number` only
     world:World=World(),       # what they show
     pixel:DVSPixel=DVSPixel(), # the camera's pixels
-    workers:int=-1,            # films at a time, each in a process of its own; -1: one a core
+    workers:int=0,             # processes, each for four films or more; 0: one a core
 ) -> Path:                     # the folder
     "Films of moving things as recordings with label maps; existing ones are kept. ValueError where the folder holds another world."
     folder = Path(folder)
@@ -157,7 +157,12 @@ def simulate_scenes(
     theta = draw_thresholds(world.size, pixel, np.random.default_rng([seed,0]))
     todo = [('train',i) for i in range(n)] + [('val',i) for i in range(max(1, n//10) if n_val is None else n_val)]
     todo = [(split,i) for split,i in todo if not (folder/split/f'{i:05d}.bin').exists()]
-    write = delayed(partial(_write_film, world, pixel, theta))
-    films = Parallel(workers if len(todo)>=50 else 1, return_as='generator_unordered')(write(folder/split/f'{i:05d}', seed, 1+(split=='val'), i) for split,i in todo)
-    for _ in tqdm(films, total=len(todo), desc='simulate scenes', mininterval=1, disable=not todo): pass
+    films = [(world, pixel, theta, folder/split/f'{i:05d}', seed, 1+(split=='val'), i) for split,i in todo]
+    with tqdm(total=len(films), desc='simulate scenes', mininterval=1, disable=not films) as bar:
+        if (workers := min(workers or cores(), len(films)//4))<2:
+            for f in films: _write_film(*f); bar.update()
+            return folder
+        with worker_pool(workers, folder) as pool:
+            with signals_wait(): begun = [pool.submit(_write_film, *f) for f in films]
+            for f in as_completed(begun): f.result(); bar.update()
     return folder

@@ -1,5 +1,5 @@
 "Segmentation: what lies where in the files, what the model is, what training keeps, and what is refused."
-import json, os, shutil, subprocess, sys
+import json, os, shutil, signal, subprocess, sys, time
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, pytest, torch
@@ -170,12 +170,28 @@ def test_a_pattern_is_as_wide_as_drawn_on_a_thing_of_any_size(radius):
     picture,_ = paint([thing], np.zeros((128,192)), np.zeros(2), 0., (64,96))
     assert np.allclose(picture[32,40:56], surface[0,np.arange(-8, 8)])                  # once it was sampled a radius apart, and was noise
 
-def test_films_made_side_by_side_are_those_made_one_by_one(tmp_path):
-    world,made = World(size=(32,48), windows=1),lambda f: {p.relative_to(f):p.read_bytes() for p in sorted(f.rglob('*')) if p.suffix in ('.bin','.png')}
-    one,two = (made(simulate_scenes(tmp_path/str(w), 50, 2, world=world, workers=w)) for w in (1,2))
-    assert len(one)==104 and one==two
-    (tmp_path/'2'/'train'/'00007.bin').unlink()
-    assert made(simulate_scenes(tmp_path/'2', 50, 2, world=world))==two
+def films(folder): return {p.relative_to(folder):p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
+
+def test_films_of_many_processes_are_those_of_one(tmp_path):
+    world = World(size=(32,48), windows=1)
+    one,two = (films(simulate_scenes(tmp_path/str(w), 14, 2, world=world, workers=w)) for w in (1,2))
+    assert len(one)>=32 and one==two
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_films_go_on(tmp_path, number):
+    code = "import sys; from mem_nb.scenes import simulate_scenes; simulate_scenes(sys.argv[1], 40, 1, workers=2)"
+    run = subprocess.Popen([sys.executable, '-c', code, tmp_path/'cut'], start_new_session=True, stderr=subprocess.DEVNULL)
+    while len(list((tmp_path/'cut').glob('train/*.bin')))<5: assert run.poll() is None; time.sleep(.02)
+    run.send_signal(number)
+    assert run.wait(30)!=0
+    def alive():
+        try: os.killpg(run.pid, 0); return True
+        except ProcessLookupError: return False
+    began = time.time()
+    while alive() and time.time()-began<20: time.sleep(.05)
+    assert not alive() and len(list((tmp_path/'cut').glob('train/*.bin')))<40                # no worker stays behind
+    for name in ('cut','whole'): simulate_scenes(tmp_path/name, 40, 1)
+    assert films(tmp_path/'cut')==films(tmp_path/'whole')
 
 # ---- bad input: refused with the file and what to do
 def bad(folder, change, layout='recordings', classes=6, **kwargs):
