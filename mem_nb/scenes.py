@@ -161,8 +161,8 @@ def simulate_scenes(
     with tqdm(total=len(films), desc='simulate scenes', mininterval=1, disable=not films) as bar:
         if (workers := min(workers or cores(), len(films)//4))<2:
             for f in films: _write_film(*f); bar.update()
-            return folder
-        with worker_pool(workers, folder) as pool:
-            with signals_wait(): begun = [pool.submit(_write_film, *f) for f in films]
-            for f in as_completed(begun): f.result(); bar.update()
+        else:
+            with worker_pool(workers, folder) as pool:
+                with signals_wait(): begun = [pool.submit(_write_film, *f) for f in films]
+                for f in as_completed(begun): f.result(); bar.update()
     return folder
